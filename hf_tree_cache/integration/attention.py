@@ -1,0 +1,192 @@
+"""The attention and mask functions registered with transformers as "tree_attention"."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from ..attention.dispatch import run_tree_attention
+from ..attention.plan import Window
+from .handles import LayerKV, PagedKV, TreeMask
+
+NAME = "tree_attention"
+"""``attn_implementation`` of a model that reads a TreeCache in place."""
+
+KNOWN_KWARGS = frozenset(
+    {
+        "sliding_window",  # says again what the mask says
+        "position_ids",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "is_causal",
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+    }
+)
+"""Keywords that do not change the result of a forward over a cache. Any other one that is not None
+means something we do not know, and sends the call to the dense path."""
+
+
+def tree_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor | PagedKV,
+    value: torch.Tensor | PagedKV,
+    attention_mask: torch.Tensor | TreeMask | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of a transformers model, over a TreeCache's blocks where they can be read in place.
+
+    Args:
+        module: the attention layer.
+        query: ``[B, Hq, T, Dk]``.
+        key, value: handles of a TreeCache, or dense ``[B, Hkv, L, D]`` tensors.
+        attention_mask: what :func:`tree_attention_mask` made, or a mask of the caller's.
+        scaling: factor on the scores, default ``Dk ** -0.5``.
+        dropout: probability; only the dense path knows it.
+        softcap: see :func:`~hf_tree_cache.attention.reference.tree_attention_reference`.
+        s_aux: ``[Hq]`` sink logits.
+
+    Returns:
+        ``[B, T, Hq, Dv]``, and None for the weights, which are never made.
+    """
+    if isinstance(key, PagedKV) and isinstance(value, PagedKV) and key.source is value.source:
+        kv = key.source
+        window, obstacle = _find_obstacle(module, query, kv, attention_mask, dropout, kwargs)
+        if obstacle is None:
+            out, _ = run_tree_attention(
+                query,
+                kv.storage,
+                kv.layer,
+                kv.step.plan,
+                backend=kv.backend,
+                scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+                window=window,
+                softcap=softcap,
+                sinks=s_aux,
+            )
+            return out.transpose(1, 2), None
+        key, value = kv.dense(obstacle)
+    return _dense_attention(
+        module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, kwargs
+    )
+
+
+def tree_attention_mask(**arguments: Any) -> TreeMask | None:
+    """A mask that becomes a tensor only if somebody needs one.
+
+    None where transformers' own sdpa mask would be: plain causal without padding, one query or no
+    past.
+    """
+    mask = TreeMask(arguments)
+    recognised, window = mask.pattern
+    plain = recognised and window is None and mask.padding is None
+    q_length, kv_length = arguments["q_length"], arguments["kv_length"]
+    if plain and (q_length == 1 or q_length == kv_length):
+        return None
+    return mask
+
+
+def register() -> None:
+    """Make ``attn_implementation="tree_attention"`` known to transformers. Done at import."""
+    AttentionInterface.register(NAME, tree_attention_forward)
+    AttentionMaskInterface.register(NAME, tree_attention_mask)
+
+
+def _find_obstacle(
+    module: nn.Module,
+    query: torch.Tensor,
+    kv: LayerKV,
+    mask: torch.Tensor | TreeMask | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> tuple[Window | None, str | None]:
+    """(window, why the blocks cannot be read in place; None when they can)."""
+    step = kv.step
+    if step.fresh:
+        return None, "no past"
+    if not step.alive:
+        return None, "stale"
+    unknown = [k for k, v in kwargs.items() if v is not None and k not in KNOWN_KWARGS]
+    if unknown:
+        return None, f"unknown keyword {unknown[0]}"
+    if dropout and module.training:
+        return None, "dropout"
+    num_rows, num_q_heads, num_new, head_dim = query.shape
+    spec = kv.storage.spec
+    if query.dtype != spec.dtype or head_dim != spec.k_head_dim or num_q_heads % spec.num_kv_heads:
+        return None, "query of another kind"
+    if (num_rows, num_new) != (len(step.counts), step.num_new):
+        return None, "query of another shape"
+    causal = kwargs.get("is_causal")
+    if causal is None:
+        causal = getattr(module, "is_causal", True)
+    if not causal and num_new > 1:
+        return None, "not causal"
+    if mask is None:
+        return None, None
+    if not isinstance(mask, TreeMask):
+        return None, "a mask of the caller's"
+    recognised, window = mask.pattern
+    if not recognised:
+        return None, "unrecognised mask"
+    if not step.padding_known and not mask.all_tokens:
+        return None, "padding"
+    return window, None
+
+
+def _dense_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor | PagedKV,
+    value: torch.Tensor | PagedKV,
+    mask: torch.Tensor | TreeMask | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, None]:
+    """transformers' sdpa, or its eager formula where softcap or sinks rule sdpa out."""
+    key = key.dense() if isinstance(key, PagedKV) else key
+    value = value.dense() if isinstance(value, PagedKV) else value
+    mask = mask.dense() if isinstance(mask, TreeMask) else mask
+    if softcap is None and sinks is None:
+        return sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = query @ key.transpose(2, 3) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None and query.shape[2] > 1:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        # The lowest finite number, not -inf: a row of padding must not become NaN.
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    if sinks is not None:
+        column = sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column.to(scores.dtype)], -1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)[..., : key.shape[2]]
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+register()

@@ -1,0 +1,296 @@
+"""KVStorage: the tensors behind the blocks, for all layers of one kind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import StorageMismatch
+
+
+@dataclass(frozen=True, slots=True)
+class KVSpec:
+    """What the K/V of a layer look like. Layers with equal specs share slabs."""
+
+    num_kv_heads: int
+    k_head_dim: int
+    v_head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, keys: torch.Tensor, values: torch.Tensor) -> KVSpec:
+        """The spec of ``keys`` ``[B, Hkv, T, Dk]`` and ``values`` ``[B, Hkv, T, Dv]``."""
+        if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
+            raise StorageMismatch(
+                f"update got keys {tuple(keys.shape)} and values {tuple(values.shape)}; expected "
+                "[batch, kv heads, tokens, head dim] for both, equal in the first three."
+            )
+        if keys.dtype != values.dtype or keys.device != values.device:
+            raise StorageMismatch(
+                f"update got {keys.dtype} keys on {keys.device} and {values.dtype} values on "
+                f"{values.device}; they must agree."
+            )
+        return cls(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device)
+
+    def block_bytes(self, block_size: int) -> int:
+        """Bytes of K and V of one block in one layer."""
+        width = self.num_kv_heads * (self.k_head_dim + self.v_head_dim)
+        return block_size * width * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class SlabIndex:
+    """Positions in slabs, ready for one device: made once per forward, used by every layer.
+
+    Attributes:
+        parts: for each slab concerned, its number, the positions inside it (int64) and where these
+            stand in the whole list (int64, None when one slab holds them all).
+        size: how many positions there are.
+        run: (slab, first position) when all positions follow each other in one slab.
+    """
+
+    parts: tuple[tuple[int, torch.Tensor, torch.Tensor | None], ...]
+    size: int
+    run: tuple[int, int] | None = None
+
+    @classmethod
+    def of(
+        cls, positions: Sequence[int] | torch.Tensor, slab_size: int, device: torch.device
+    ) -> SlabIndex:
+        """Split global ``positions`` (blocks, or slots) among slabs of ``slab_size`` of them."""
+        whole = torch.as_tensor(positions, dtype=torch.int64)
+        count = len(whole)
+        if not count:
+            return cls((), 0)
+        low, high = int(whole.min()), int(whole.max())
+        slab = low // slab_size
+        if slab == high // slab_size:
+            local = whole - slab * slab_size
+            follows = high - low == count - 1 and bool((local.diff() == 1).all())
+            part = (slab, local.to(device), None)
+            return cls((part,), count, (slab, low - slab * slab_size) if follows else None)
+        slabs = whole // slab_size
+        parts = []
+        for number in slabs.unique().tolist():
+            where = (slabs == number).nonzero().squeeze(1)
+            parts.append((number, (whole[where] - number * slab_size).to(device), where.to(device)))
+        return cls(tuple(parts), count)
+
+
+class KVStorage:
+    """K and V of ``num_layers`` layers of one kind, in slabs that are never moved.
+
+    A slab holds ``slab_blocks`` blocks of every layer, as planes: for each layer all its K blocks,
+    then all its V blocks, so that blocks with neighbouring numbers are neighbours in memory::
+
+        slab 0 | layer 0: K of blocks 0..n-1 | V of blocks 0..n-1 | layer 1: K ... | V ... | ...
+        slab 1 | layer 0: K of blocks n..2n-1 | ...
+
+    Slabs are equal in size and aligned so that the distance between any two is a whole number of
+    blocks: :meth:`block_numbers` gives one int32 a block that serves every layer, relative to that
+    layer's base in the first slab, and growing changes none of them.
+
+    Args:
+        spec: heads, head dims, dtype and device.
+        num_layers: layers that share the slabs.
+        block_size: token slots of a block.
+        slab_blocks: blocks of a slab.
+        poison: fill new slabs with NaN, to make a read of unwritten slots visible.
+    """
+
+    def __init__(
+        self,
+        spec: KVSpec,
+        num_layers: int,
+        block_size: int,
+        slab_blocks: int,
+        *,
+        poison: bool = False,
+    ) -> None:
+        self.spec = spec
+        self.num_layers = num_layers
+        self.block_size = block_size
+        self.slab_blocks = slab_blocks
+        self._poison = poison
+        self._attached = 0
+        self._k_slabs: list[torch.Tensor] = []  # [num_layers, slab_blocks * block_size, Hkv, Dk]
+        self._v_slabs: list[torch.Tensor] = []
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that there is room for."""
+        return len(self._k_slabs) * self.slab_blocks
+
+    @property
+    def has_room(self) -> bool:
+        """Whether :meth:`add_layer` can be called once more."""
+        return self._attached < self.num_layers
+
+    @property
+    def layer_block_bytes(self) -> int:
+        """Bytes of K and V of one block in one layer."""
+        return self.spec.block_bytes(self.block_size)
+
+    @property
+    def attached_block_bytes(self) -> int:
+        """Bytes of one block over the layers that were added."""
+        return self._attached * self.layer_block_bytes
+
+    @property
+    def slab_bytes(self) -> int:
+        return self.slab_blocks * self.num_layers * self.layer_block_bytes
+
+    @property
+    def allocated_bytes(self) -> int:
+        return len(self._k_slabs) * self.slab_bytes
+
+    def add_layer(self) -> int:
+        """Give the next layer its position."""
+        assert self.has_room
+        self._attached += 1
+        return self._attached - 1
+
+    def ensure(self, num_blocks: int) -> None:
+        """Grow until blocks ``0 .. num_blocks - 1`` have room. Nothing stored is moved."""
+        # Slabs outlive an inference_mode block in which a first prompt may have been read.
+        with torch.inference_mode(False):
+            while self.num_blocks < num_blocks:
+                keys, values = self._new_slab()
+                self._k_slabs.append(keys)
+                self._v_slabs.append(values)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> KVStorage:
+        twin = KVStorage(
+            self.spec, self.num_layers, self.block_size, self.slab_blocks, poison=self._poison
+        )
+        twin._attached = self._attached
+        twin.ensure(self.num_blocks)
+        pairs = zip(twin._k_slabs + twin._v_slabs, self._k_slabs + self._v_slabs, strict=True)
+        for copy, slab in pairs:
+            copy.copy_(slab)
+        return twin
+
+    def write(
+        self,
+        layer: int,
+        slots: SlabIndex,
+        source: torch.Tensor | None,
+        k: torch.Tensor,
+        v: torch.Tensor,
+    ) -> None:
+        """Store new tokens of one layer.
+
+        Args:
+            layer: position of the layer in this storage.
+            slots: where the tokens go.
+            source: which of the B * T tokens these are, int64; None for all of them in order.
+            k: ``[B, Hkv, T, Dk]``.
+            v: ``[B, Hkv, T, Dv]``.
+        """
+        for new, slabs in ((k, self._k_slabs), (v, self._v_slabs)):
+            tokens = new.transpose(1, 2).flatten(0, 1)
+            if source is not None:
+                tokens = tokens.index_select(0, source)
+            for slab, local, where in slots.parts:
+                part = tokens if where is None else tokens.index_select(0, where)
+                slabs[slab][layer].index_copy_(0, local, part)
+
+    def copy(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks, ``(source, destination)``, in all layers at once."""
+        groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for source, destination in copies:
+            key = (source // self.slab_blocks, destination // self.slab_blocks)
+            groups.setdefault(key, []).append(
+                (source % self.slab_blocks, destination % self.slab_blocks)
+            )
+        for (from_slab, to_slab), pairs in groups.items():
+            index = torch.tensor(pairs, dtype=torch.int64, device=self.spec.device)
+            for slabs in (self._k_slabs, self._v_slabs):
+                taken = self._blocks(slabs[from_slab]).index_select(1, index[:, 0])
+                self._blocks(slabs[to_slab]).index_copy_(1, index[:, 1], taken)
+
+    def poison(self, blocks: Sequence[int]) -> None:
+        """Fill ``blocks`` with NaN in all layers."""
+        for slab, local, _ in SlabIndex.of(blocks, self.slab_blocks, self.spec.device).parts:
+            for slabs in (self._k_slabs, self._v_slabs):
+                if slab < len(slabs):
+                    self._blocks(slabs[slab]).index_fill_(1, local, float("nan"))
+
+    def gather_blocks(self, layer: int, blocks: SlabIndex) -> tuple[torch.Tensor, torch.Tensor]:
+        """K ``[n, block_size, Hkv, Dk]`` and V ``[n, block_size, Hkv, Dv]`` of n blocks.
+
+        A view where the blocks follow each other in one slab, else a copy. Slots that were never
+        written hold anything, NaN included.
+        """
+        keys, values = (
+            self._gather([self._blocks(slab[layer : layer + 1])[0] for slab in slabs], blocks)
+            for slabs in (self._k_slabs, self._v_slabs)
+        )
+        return keys, values
+
+    def gather_slots(self, layer: int, slots: SlabIndex) -> tuple[torch.Tensor, torch.Tensor]:
+        """K ``[n, Hkv, Dk]`` and V ``[n, Hkv, Dv]`` of n slots."""
+        keys, values = (
+            self._gather([slab[layer] for slab in slabs], slots)
+            for slabs in (self._k_slabs, self._v_slabs)
+        )
+        return keys, values
+
+    def block_numbers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """For every block, its distance from the layer's block 0 in units of one K (one V) block.
+
+        Returns:
+            int32 ``[num_blocks]`` for K and for V (equal where the head dims are). The address of
+            block b of layer l is ``slab 0 of l + numbers[b] * block bytes``, in every layer.
+        """
+        inside = torch.arange(self.slab_blocks, dtype=torch.int64)
+        numbers = []
+        for slabs in (self._k_slabs, self._v_slabs):
+            unit = slabs[0].stride(1) * self.block_size * self.spec.dtype.itemsize
+            steps = [(slab.data_ptr() - slabs[0].data_ptr()) // unit for slab in slabs]
+            numbers.append(torch.cat([inside + step for step in steps]).to(torch.int32))
+        return numbers[0].to(self.spec.device), numbers[1].to(self.spec.device)
+
+    def _new_slab(self) -> tuple[torch.Tensor, torch.Tensor]:
+        spec, slots = self.spec, self.slab_blocks * self.block_size
+        k_row, v_row = spec.num_kv_heads * spec.k_head_dim, spec.num_kv_heads * spec.v_head_dim
+        layer = slots * (k_row + v_row)
+        unit = math.lcm(k_row, v_row) * self.block_size
+        size = self.num_layers * layer
+        flat = torch.empty(size + unit, dtype=spec.dtype, device=spec.device)
+        offset = 0
+        if self._k_slabs:
+            distance = (flat.data_ptr() - self._k_slabs[0].data_ptr()) // spec.dtype.itemsize
+            offset = -distance % unit
+        if self._poison:
+            flat.fill_(float("nan"))
+
+        def plane(start: int, head_dim: int) -> torch.Tensor:
+            return flat.as_strided(
+                (self.num_layers, slots, spec.num_kv_heads, head_dim),
+                (layer, spec.num_kv_heads * head_dim, head_dim, 1),
+                offset + start,
+            )
+
+        return plane(0, spec.k_head_dim), plane(slots * k_row, spec.v_head_dim)
+
+    def _blocks(self, slab: torch.Tensor) -> torch.Tensor:
+        """``[layers, slots, H, D]`` seen as ``[layers, blocks, block_size, H, D]``."""
+        return slab.unflatten(1, (self.slab_blocks, self.block_size))
+
+    @staticmethod
+    def _gather(slabs: list[torch.Tensor], index: SlabIndex) -> torch.Tensor:
+        if index.run is not None:
+            slab, first = index.run
+            return slabs[slab][first : first + index.size]
+        if len(index.parts) == 1:
+            slab, local, _ = index.parts[0]
+            return slabs[slab].index_select(0, local)
+        out = slabs[0].new_empty((index.size, *slabs[0].shape[1:]))
+        for slab, local, where in index.parts:
+            out.index_copy_(0, where, slabs[slab].index_select(0, local))
+        return out

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import os
+from typing import Any
+
+# Read when huggingface_hub is imported, so it comes first: no test waits for a network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[Any, Any]:
+    """Real weights as `(model, tokenizer)`, shared by the session: leave them as you found them."""
+    from weights import load_smollm2
+
+    return load_smollm2()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device; run make test-gpu on a machine with one")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(no_gpu)

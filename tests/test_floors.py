@@ -1,0 +1,215 @@
+"""The package is built in floors: a module imports only from floors below its own."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1] / "hf_tree_cache"
+
+FLOORS = {
+    "errors": 0,
+    "env": 0,
+    "memory.allocator": 1,
+    "memory.storage": 1,
+    "memory.tree": 2,
+    "attention.plan": 3,
+    "attention.reference": 4,
+    "attention.torch_backend": 4,
+    "attention.kernel": 4,
+    "generation.view": 4,
+    "attention.launch": 5,
+    "generation.record": 5,
+    "attention.dispatch": 6,
+    "integration.handles": 6,
+    "integration.cache": 7,
+    "integration.attention": 7,
+    "generation.processors": 7,
+    "integration.decode_graph": 8,
+    "integration.enable": 9,
+    "generation.loop": 9,
+    "search.scoring": 9,
+    "search.self_consistency": 10,
+    "search.best_of_n": 10,
+    "search.step_beam": 10,
+    "search.mcts": 10,
+    "notebook.session": 10,
+    "notebook.view": 10,
+}
+
+# What `import hf_tree_cache` brings: nothing below may ask for it.
+TOP = max(FLOORS.values()) + 1
+
+# Bookkeeping is plain ints, so that it can be tested and reasoned about without tensors.
+NO_TORCH = {"memory.allocator", "memory.tree"}
+
+# Imports inside functions hide dependencies; Triton is optional, so its callers may wait.
+LAZY_ALLOWED = {
+    ("attention.launch", "attention.kernel"),
+    ("attention.dispatch", "attention.launch"),
+}
+
+
+@dataclass(frozen=True)
+class Import:
+    line: int
+    target: str
+    lazy: bool
+
+
+def modules_of(root: Path) -> dict[str, Path]:
+    """Maps dotted names below the package to files; the `__init__` files are left out."""
+    return {
+        ".".join(path.relative_to(root).with_suffix("").parts): path
+        for path in sorted(root.rglob("*.py"))
+        if path.name != "__init__.py"
+    }
+
+
+def imports_of(name: str, source: str, package: str) -> Iterator[Import]:
+    """Yields what a module imports, relative imports made absolute, each name of a `from` apart."""
+    parents = [package, *name.split(".")][:-1]
+
+    def visit(node: ast.AST, lazy: bool) -> Iterator[Import]:
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            for child in node.orelse:
+                yield from visit(child, lazy)
+            return
+        if isinstance(node, ast.Import):
+            yield from (Import(node.lineno, alias.name, lazy) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = parents[: len(parents) - node.level + 1] if node.level else []
+            base = ".".join([*base, *filter(None, [node.module])])
+            yield from (Import(node.lineno, f"{base}.{alias.name}", lazy) for alias in node.names)
+        elif isinstance(node, ast.Call) and (target := imported_by_name(node)):
+            yield Import(node.lineno, package + target if target[0] == "." else target, True)
+        lazy = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, lazy)
+
+    yield from visit(ast.parse(source), lazy=False)
+
+
+def imported_by_name(call: ast.Call) -> str | None:
+    """Returns the "x.y" of `importlib.import_module("x.y")` and `__import__("x.y")`."""
+    if ast.unparse(call.func).rpartition(".")[2] not in ("import_module", "__import__"):
+        return None
+    match call.args:
+        case [ast.Constant(value=str(target)), *_]:
+            return target
+    return None
+
+
+def violations(root: Path) -> list[str]:
+    """Returns one sentence for each import that breaks a rule."""
+    package = root.name
+    modules = modules_of(root)
+    found = []
+    for name, path in modules.items():
+        if name not in FLOORS:
+            found.append(f"{package}/{path.relative_to(root)} has no floor: give it one in FLOORS")
+            continue
+        for item in imports_of(name, path.read_text(encoding="utf-8"), package):
+            where = f"{package}/{path.relative_to(root)}:{item.line}"
+            top, _, inner = item.target.partition(".")
+            if top == "torch" and name in NO_TORCH:
+                found.append(f"{where} imports {item.target}: this module works without torch")
+            if top != package:
+                continue
+            target = resolve(inner)
+            if target == name:
+                continue
+            if item.lazy and (name, target) not in LAZY_ALLOWED:
+                found.append(f"{where} imports {item.target} inside a function or by name")
+            if floor_of(target) >= FLOORS[name]:
+                found.append(
+                    f"{where} (floor {FLOORS[name]}) imports {item.target} "
+                    f"(floor {floor_of(target)}): imports go to a lower floor only"
+                )
+    return found
+
+
+def resolve(inner: str) -> str:
+    """Cuts `memory.tree.BranchTree` to the module `memory.tree`, or to the package `memory`."""
+    parts = inner.split(".")
+    candidates = (".".join(parts[:n]) for n in (2, 1))
+    return next((name for name in candidates if name in FLOORS), parts[0])
+
+
+def floor_of(target: str) -> int:
+    """A package counts as its highest module, because importing it imports them all."""
+    inside = [FLOORS[name] for name in FLOORS if f"{name}.".startswith(f"{target}.")]
+    return max(inside, default=TOP)
+
+
+def test_every_import_goes_to_a_lower_floor() -> None:
+    found = violations(ROOT)
+    assert not found, "see the floors in docs/architecture.md\n  " + "\n  ".join(found)
+
+
+CASES = {
+    "downward relative import": ("memory.tree", "from .allocator import X", None),
+    "downward relative import across packages": ("memory.tree", "from ..errors import X", None),
+    "downward absolute import": ("attention.plan", "import hf_tree_cache.memory.tree", None),
+    "submodule from its package": ("attention.plan", "from hf_tree_cache.memory import tree", None),
+    "name from a lower package": ("attention.plan", "from ..memory import BranchTree", None),
+    "type checking only": ("errors", "if TYPE_CHECKING:\n    from .memory.tree import X", None),
+    "optional kernel": ("attention.launch", "def f():\n    from . import kernel", None),
+    "upward import": ("memory.allocator", "from .tree import X", "lower floor only"),
+    "sibling import": ("memory.storage", "from . import allocator", "lower floor only"),
+    "name from its own package": ("memory.tree", "from . import X", "lower floor only"),
+    "name from the top": ("generation.loop", "from .. import TreeCache", "lower floor only"),
+    "upward import in a try": (
+        "errors",
+        "try:\n    from . import env\nexcept ImportError:\n    env = None",
+        "lower floor only",
+    ),
+    "upward import beside type checking": (
+        "errors",
+        "if TYPE_CHECKING:\n    pass\nelse:\n    from . import env",
+        "lower floor only",
+    ),
+    "lazy import": (
+        "generation.loop",
+        "class A:\n    def f(self):\n        from ..errors import X",
+        "inside a function",
+    ),
+    "import by name": (
+        "generation.loop",
+        "import importlib\nimportlib.import_module('hf_tree_cache.errors')",
+        "by name",
+    ),
+    "relative import by name": (
+        "generation.loop",
+        "import_module('.errors', __package__)",
+        "by name",
+    ),
+    "whole package": ("generation.loop", "import hf_tree_cache", "lower floor only"),
+    "torch in the allocator": ("memory.allocator", "import torch.nn", "without torch"),
+    "torch in a function of the tree": (
+        "memory.tree",
+        "def f():\n    from torch import Tensor",
+        "without torch",
+    ),
+    "torch elsewhere": ("memory.storage", "import torch", None),
+    "module without a floor": ("memory.arena", "x = 1", "has no floor"),
+}
+
+
+@pytest.mark.parametrize(("module", "source", "complaint"), CASES.values(), ids=CASES)
+def test_the_rules_on_a_made_up_package(
+    tmp_path: Path, module: str, source: str, complaint: str | None
+) -> None:
+    path = tmp_path / "hf_tree_cache" / f"{module.replace('.', '/')}.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(source, encoding="utf-8")
+    found = violations(tmp_path / "hf_tree_cache")
+    if complaint is None:
+        assert found == []
+    else:
+        assert len(found) == 1
+        assert complaint in found[0]
