@@ -1,4 +1,4 @@
-"""Every exception a user can meet. Each message says what was called, what was found, what to do."""
+"""Every exception a user can meet. A message says what was called, what was found, what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""run_tree_attention: one entry for all backends, chosen by argument, then environment, then device."""
+"""run_tree_attention: one entry for all backends, chosen by argument, then by environment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TreeAttentionPlan: which rows read which blocks in one forward. Built once, used by all layers."""
+"""TreeAttentionPlan: which rows read which blocks in one forward. Built once, for all layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..memory.tree import BranchTree, Node
 Position = TypeVar("Position", int, torch.Tensor)
 
 RUN_TOKENS = 512
-"""A stretch of one row that is worth a product of its own instead of a place in the padded tails."""
+"""A stretch of one row from here on has a product of its own, not a place in the padded tails."""
 
 FOLD_TOKENS = 64
 """Reading a shared stretch once must save at least this many token reads, or it joins the tails."""
@@ -24,8 +24,8 @@ class Window:
     """What a query may look back to.
 
     Attributes:
-        kind: "sliding": the last ``size`` tokens, itself included; "chunked": those of its own chunk of
-            ``size`` tokens, counted from the row's first token.
+        kind: "sliding": the last ``size`` tokens, itself included; "chunked": those of its own chunk
+            of ``size`` tokens, counted from the row's first token.
         size: in tokens.
     """
 
@@ -99,7 +99,7 @@ class TreeAttentionPlan:
         return max((length - start for length, start in ends), default=0)
 
     def tokens_read(self) -> int:
-        """Tokens read from memory by one layer of this forward; :attr:`lengths` sum to the dense count."""
+        """Tokens that one layer reads in this forward; dense attention reads ``sum(lengths)``."""
         runs = sum(len(run.blocks) * self.block_size for run in self.runs)
         return runs + sum(self.lengths) - sum(self.tail_starts)
 

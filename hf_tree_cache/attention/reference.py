@@ -1,4 +1,4 @@
-"""The torch oracle: row by row, query by query, in float64. Slow and obvious; backends answer to it."""
+"""The torch oracle: row by row, query by query, in float64. Slow and obvious."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from ..memory.storage import KVStorage, SlabIndex
 from .plan import Run, TreeAttentionPlan, Window
 
 MAX_SCORES = 1 << 25
-"""Scores of one product held at a time (float32: 128 MB); longer extends go in pieces of columns."""
+"""Scores of a product held at a time (float32: 128 MB); longer extends go in pieces of columns."""
 
 
 def tree_attention_torch(
@@ -139,7 +139,7 @@ class _Columns:
         lse[rows] = total
 
     def _tails(self, storage: KVStorage, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """All tails at once, padded to the longest: ``[B, Hkv, G, T, Dv]`` and ``[B, Hkv, G, T]``."""
+        """All tails, padded to the longest: ``[B, Hkv, G, T, Dv]`` and ``[B, Hkv, G, T]``."""
         num_rows, num_kv_heads, group, num_new, head_dim = self.q.shape
         tail = self._prepared_tails(storage)
         k, v = (

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 from transformers.cache_utils import (
     Cache,
-    CacheLayerMixin,
     DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionCacheLayerMixin,
-    LinearAttentionLayer,
 )
 from transformers.utils import logging
 
@@ -33,57 +28,15 @@ from ..errors import (
     UnsupportedModel,
 )
 from ..memory.allocator import PhysicalKVAllocator
-from ..memory.storage import KVSpec, KVStorage
+from ..memory.pool import StoragePool
+from ..memory.storage import KVSpec
 from ..memory.tree import Branch, BranchTree
-from .handles import UNKNOWN_READER, DenseView, LayerKV, PagedKV, Step, gather_dense
+from .handles import PagedKV
+from .layers import OtherLayers, PagedLayer, translate_layer
+from .stats import TreeCacheStats
+from .step import UNKNOWN_READER, DenseView, LayerKV, Step, gather_dense
 
 logger = logging.get_logger(__name__)
-
-SLAB_BYTES = 128 << 20
-"""Aim for the size of a slab, over all layers that share it."""
-
-
-@dataclass(frozen=True, slots=True)
-class TreeCacheStats:
-    """What a cache holds and what it saved.
-
-    Attributes:
-        num_rows: branches in the batch.
-        num_held: branches outside of it.
-        logical_tokens: tokens of all branches, as independent sequences would store them.
-        unique_tokens: tokens stored.
-        blocks: blocks in use.
-        block_size: token slots of a block.
-        kv_bytes: bytes of the blocks in use, all layers.
-        dense_bytes: bytes of the same branches as independent sequences of equal length (columns).
-        allocated_bytes: bytes of the slabs that the blocks live in.
-        forks, prunes, copies: branches made and ended, partial blocks copied on write.
-        prefill_tokens_asked: tokens of multi-token forwards as the caller passed them (rows x
-            columns).
-        prefill_tokens_computed: how many of them went through the model.
-        dense_reads: layer reads that had to gather dense K/V, by reason.
-    """
-
-    num_rows: int
-    num_held: int
-    logical_tokens: int
-    unique_tokens: int
-    blocks: int
-    block_size: int
-    kv_bytes: int
-    dense_bytes: int
-    allocated_bytes: int
-    forks: int
-    prunes: int
-    copies: int
-    prefill_tokens_asked: int
-    prefill_tokens_computed: int
-    dense_reads: dict[str, int]
-
-    @property
-    def saving(self) -> float:
-        """Share of the dense bytes that is not stored, 0 to 1."""
-        return 1 - self.kv_bytes / self.dense_bytes if self.dense_bytes else 0.0
 
 
 class TreeCache(Cache):
@@ -103,11 +56,17 @@ class TreeCache(Cache):
         block_size: token slots of a block.
         max_blocks: most blocks in use at a time.
         max_memory: most bytes of K/V in use at a time, over all layers; needs a known config.
-        backend: attention backend; see :func:`~hf_tree_cache.attention.dispatch.choose_backend`.
+        backend: attention backend, see :func:`hf_tree_cache.attention.dispatch.choose_backend`.
         poison: fill free slots with NaN. For tests: a read of what was never written then shows.
 
     Raises:
-        InvalidArgument: for a bound below 1, an unknown backend or a block size below 1.
+        InvalidArgument: a bound or block size below 1, an unknown backend, something that is not
+            a config.
+
+    Attributes:
+        tree: who shares what; read it freely, change it only through the cache.
+        dense_reads: how often, and why, a layer's K/V had to be gathered into dense tensors.
+        advise: say once how to make dense reads unnecessary.
     """
 
     def __init__(
@@ -124,32 +83,25 @@ class TreeCache(Cache):
             raise InvalidArgument(
                 f"TreeCache(config={type(config).__name__}): pass model.config, or nothing at all."
             )
-        if max_memory is not None and max_memory < 1:
-            raise InvalidArgument(f"max_memory={max_memory}: give bytes, or None for no bound.")
         super().__init__(layers=[])
         self.block_size = block_size
         self.backend = choose_backend(backend)
         self.tree = BranchTree(block_size, PhysicalKVAllocator(max_blocks, track_freed=poison))
         self.dense_reads: Counter[str] = Counter()
-        self.prefill_tokens_asked = 0
-        self.prefill_tokens_computed = 0
+        self.advise = True
+        self._pool = StoragePool(block_size, max_memory=max_memory, poison=poison)
         self._max_blocks = max_blocks
-        self._max_memory = max_memory
-        self._poison = poison
-        self._storages: list[KVStorage] = []
-        self._slab_blocks = 0
+        self._configured = False
         self._columns = 0
         self._step: Step | None = None
         self._plan: TreeAttentionPlan | None = None
+        self._prefill_asked = 0
+        self._prefill_computed = 0
         self._odd_mask = False
         self._lost_state = False
         self._held_states: dict[Branch, list[torch.Tensor]] = {}
-        self._configured = False
-        self.advise = True
         if config is not None:
             self.configure(config)
-
-    # Configuration
 
     def configure(self, config: PretrainedConfig) -> None:
         """Make the layers that ``config`` describes, unless there are layers already.
@@ -159,29 +111,14 @@ class TreeCache(Cache):
         """
         if self.layers:
             return
-        layers = [self._translate(layer) for layer in DynamicCache(config=config).layers]
+        layers = [translate_layer(self, layer) for layer in DynamicCache(config=config).layers]
         if not any(isinstance(layer, PagedLayer) for layer in layers):
             raise UnsupportedModel(
-                f"{config.model_type} has no attention layer with a K/V cache, so there is nothing to "
-                "share: use the cache that transformers makes for it."
+                f"{config.model_type} has no attention layer with a K/V cache, so there is nothing "
+                "to share: use the cache that transformers makes for it."
             )
         self.layers = layers
         self._configured = True
-
-    def _translate(self, layer: Any) -> Any:
-        """Our layer in place of one of transformers', which stays where it is not attention."""
-        window = getattr(layer, "sliding_window", None)
-        if isinstance(layer, DynamicLayer) and isinstance(layer, LinearAttentionLayer):
-            return HybridPagedLayer(self, window, number_of_states=layer.number_of_states)
-        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-            return PagedLayer(self, window)
-        return layer
-
-    @property
-    def paged_layers(self) -> list[PagedLayer]:
-        return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
-
-    # One forward
 
     def begin(
         self,
@@ -215,13 +152,13 @@ class TreeCache(Cache):
         self._settle()
         if self._lost_state:
             raise TreeCacheError(
-                "A forward failed half way and left the linear-attention states of this model ahead of "
-                "its K/V. Call reset() and run the prompt again."
+                "A forward failed half way and left the linear-attention states of this model "
+                "ahead of its K/V. Call reset() and run the prompt again."
             )
-        if self._max_memory is not None and not self._configured:
+        if self._pool.max_memory is not None and not self._configured:
             raise InvalidArgument(
-                "TreeCache(max_memory=...) must know the model's layers: pass TreeCache(model.config, "
-                "max_memory=...) or call enable_tree_attention(model) first."
+                "TreeCache(max_memory=...) must know the model's layers: pass "
+                "TreeCache(model.config, max_memory=...) or enable_tree_attention(model) first."
             )
         forked_from = self._fit_rows(num_rows)
         counts = [num_new] * num_rows if counts is None else list(counts)
@@ -248,13 +185,11 @@ class TreeCache(Cache):
         )
         self._columns += num_new
         try:
-            for storage in self._storages:
-                self._grow(storage)
-                if appended.copies:
-                    storage.copy(appended.copies)
+            self._pool.ensure(self.tree.allocator.num_blocks)
         except OutOfBlocks:
             self._undo()
             raise
+        self._pool.copy(appended.copies)
         return self._step
 
     def write(
@@ -270,8 +205,8 @@ class TreeCache(Cache):
         spec = KVSpec.of(keys, values)
         if layer.spec is not None and spec != layer.spec:
             raise StorageMismatch(
-                f"update got {spec}, but this layer holds {layer.spec}. A TreeCache belongs to one model "
-                "in one dtype on one device: make a new TreeCache() for another."
+                f"update got {spec}, but this layer holds {layer.spec}. A TreeCache belongs to one "
+                "model in one dtype on one device: make a new TreeCache() for another."
             )
         step = self._step_for(layer, spec, keys.shape[0], keys.shape[2])
         if layer.storage is None:
@@ -297,8 +232,8 @@ class TreeCache(Cache):
             self._undo()
             return
         step.finished = True
-        self.prefill_tokens_asked += step.prefill_asked
-        self.prefill_tokens_computed += step.prefill_computed
+        self._prefill_asked += step.prefill_asked
+        self._prefill_computed += step.prefill_computed
 
     def rollback(self) -> None:
         """Undo a forward that did not finish; without one, do nothing.
@@ -310,11 +245,11 @@ class TreeCache(Cache):
         if step is None or step.finished:
             return
         self._undo()
-        if self._state_layers():
-            if step.before:
-                self._lost_state = True
-            else:
-                self._clear_states()
+        others = OtherLayers(self.layers)
+        if step.before == 0:
+            others.clear()
+        elif others.has_state:
+            self._lost_state = True
 
     def _step_for(self, layer: PagedLayer, spec: KVSpec, num_rows: int, num_new: int) -> Step:
         step = self._step
@@ -326,9 +261,9 @@ class TreeCache(Cache):
             self._undo()
             return self.begin(num_rows, num_new)
         raise UnsupportedModel(
-            f"Within one forward a layer wrote {num_new} tokens for {num_rows} rows where the layers "
-            f"before it wrote {step.num_new} for {len(step.counts)}. An encoder-decoder model needs "
-            "EncoderDecoderCache(TreeCache(), TreeCache()) as its past_key_values."
+            f"Within one forward a layer wrote {num_new} tokens for {num_rows} rows where the "
+            f"layers before it wrote {step.num_new} for {len(step.counts)}. An encoder-decoder "
+            "model needs EncoderDecoderCache(TreeCache(), TreeCache()) as its past_key_values."
         )
 
     def _settle(self) -> None:
@@ -336,13 +271,13 @@ class TreeCache(Cache):
         step = self._step
         if step is None or step.finished:
             return
-        layers = self.paged_layers
+        layers = [layer for layer in self.layers if isinstance(layer, PagedLayer)]
         missing = sum(id(layer) not in step.written for layer in layers)
         if missing and step.written:
             raise TreeCacheError(
-                f"The last forward wrote {len(layers) - missing} of {len(layers)} layers. If it failed, "
-                "call cache.rollback() and go on; enable_tree_attention(model) does this by itself. If "
-                "the model skips layers, TreeCache cannot serve it."
+                f"The last forward wrote {len(layers) - missing} of {len(layers)} layers. If it "
+                "failed, call cache.rollback() and go on (enable_tree_attention(model) does so by "
+                "itself). If the model skips layers, TreeCache cannot serve it."
             )
         self.finish()
 
@@ -375,9 +310,9 @@ class TreeCache(Cache):
             self.batch_repeat_interleave(num_rows // have)
             return have
         raise BatchMismatch(
-            f"A forward with a batch of {num_rows} met a cache of {have} rows with {self._columns} "
-            "columns. To start over call reset() or pass a new TreeCache(); to continue pass the same "
-            "rows, or a multiple of them to fork each."
+            f"A forward with a batch of {num_rows} met a cache of {have} rows with "
+            f"{self._columns} columns. To start over call reset() or pass a new TreeCache(); to "
+            "continue pass the same rows, or a multiple of them to fork each."
         )
 
     def _unfork(self, forked_from: int | None) -> None:
@@ -387,67 +322,26 @@ class TreeCache(Cache):
         self.select(range(0, have, have // forked_from) if forked_from else [])
 
     def _attach(self, layer: PagedLayer, spec: KVSpec) -> None:
-        """Give ``layer`` a place in a storage of its kind, making one for all layers like it."""
-        if self._step is not None and self._step.before:
+        """Give ``layer`` a place among all layers like it."""
+        assert self._step is not None
+        if self._step.before:
             raise UnsupportedModel(
-                f"A layer wrote its first K/V after {self._step.before} columns: its past is missing. "
-                "Pass TreeCache(model.config), or report the model."
+                f"A layer wrote its first K/V after {self._step.before} columns: its past is "
+                "missing. Pass TreeCache(model.config), or report the model."
             )
-        storage = next((s for s in self._storages if s.spec == spec and s.has_room), None)
-        if storage is None:
-            alike = [
-                other
-                for other in self.paged_layers
-                if other.storage is None and other.is_sliding == layer.is_sliding
-            ]
-            num_layers = len(alike) if self._configured else 1
-            block_bytes = num_layers * spec.block_bytes(self.block_size)
-            if not self._slab_blocks:
-                fitting = max(16, min(1024, SLAB_BYTES // block_bytes))
-                self._slab_blocks = 1 << (fitting.bit_length() - 1)
-            storage = KVStorage(
-                spec, num_layers, self.block_size, self._slab_blocks, poison=self._poison
-            )
-            self._storages.append(storage)
-            self._apply_memory_cap()
-            self._grow(storage)
-        layer.spec, layer.storage, layer.position = spec, storage, storage.add_layer()
-
-    def _apply_memory_cap(self) -> None:
-        if self._max_memory is None:
-            return
-        allocator = self.tree.allocator
-        block_bytes = sum(
-            storage.num_layers * storage.layer_block_bytes for storage in self._storages
+        alike = sum(
+            isinstance(other, PagedLayer)
+            and other.storage is None
+            and other.is_sliding == layer.is_sliding
+            for other in self.layers
         )
-        blocks = self._max_memory // block_bytes
-        bounds = [blocks] if self._max_blocks is None else [blocks, self._max_blocks]
-        allocator.max_blocks = min(bounds)
-        if allocator.num_used > allocator.max_blocks:
-            self._storages.pop()
-            raise OutOfBlocks(
-                f"max_memory={self._max_memory} holds {blocks} blocks of {block_bytes} bytes, but this "
-                f"forward needs {allocator.num_used}. The cache is unchanged: raise max_memory.",
-                allocator.num_used,
-                blocks,
-            )
-
-    def _grow(self, storage: KVStorage) -> None:
-        try:
-            storage.ensure(self.tree.allocator.num_blocks)
-        except (RuntimeError, MemoryError) as error:
-            if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and (
-                "alloc" not in str(error)
-            ):
-                raise
-            allocator = self.tree.allocator
-            raise OutOfBlocks(
-                f"{storage.spec.device} has no memory for another slab of "
-                f"{storage.slab_bytes >> 20} MiB; {allocator.num_used} blocks are in use. The cache is "
-                "unchanged: prune branches, or give max_memory to be stopped earlier.",
-                allocator.num_blocks - storage.num_blocks,
-                0,
-            ) from error
+        allocator = self.tree.allocator
+        layer.storage, layer.position = self._pool.attach(
+            spec, alike if self._configured else 1, allocator.num_blocks
+        )
+        layer.spec = spec
+        bounds = [b for b in (self._max_blocks, self._pool.max_blocks) if b is not None]
+        allocator.max_blocks = min(bounds, default=None)
 
     def _block_tables(self) -> list[list[int]]:
         return [self.tree.block_table(branch) for branch in self.tree.rows]
@@ -456,17 +350,12 @@ class TreeCache(Cache):
         self.dense_reads[reason] += 1
         if reason == UNKNOWN_READER and self.advise:
             logger.warning_once(
-                "TreeCache: attention reads gathered copies of K/V. enable_tree_attention(model) makes "
-                "it read shared blocks in place, and computes a repeated prompt once."
+                "TreeCache: attention reads gathered copies of K/V. enable_tree_attention(model) "
+                "makes it read shared blocks in place, and computes a repeated prompt once."
             )
 
     def _poison_freed(self) -> None:
-        freed = self.tree.allocator.take_freed()
-        if freed:
-            for storage in self._storages:
-                storage.poison(freed)
-
-    # Rows and branches
+        self._pool.poison(self.tree.allocator.take_freed())
 
     @property
     def rows(self) -> list[Branch]:
@@ -487,12 +376,7 @@ class TreeCache(Cache):
         self._end_step()
         if not chosen:
             self._columns = 0
-        order = torch.tensor(chosen, dtype=torch.int64)
-        for layer in self.layers:
-            if isinstance(layer, LinearAttentionCacheLayerMixin):
-                LinearAttentionLayer.reorder_cache(layer, order)
-            elif not isinstance(layer, PagedLayer):
-                layer.reorder_cache(order)
+        OtherLayers(self.layers).select(chosen)
         self._poison_freed()
 
     def fork(self, branch: Branch, count: int = 1, *, at: int | None = None) -> list[Branch]:
@@ -509,18 +393,17 @@ class TreeCache(Cache):
                 only known at the tip.
         """
         self._settle()
-        states = self._state_layers()
-        if states and at is not None and at not in (0, self.tree.length(branch)):
+        states = OtherLayers(self.layers)
+        length = self.tree.length(branch)
+        if states.has_state and at not in (None, 0, length):
             raise UnsupportedModel(
-                f"fork(at={at}): this model has linear-attention states, which exist only at the tip "
-                f"({self.tree.length(branch)}). Hold a branch where you mean to come back to."
+                f"fork(at={at}): this model has linear-attention states, which exist only at the "
+                f"tip ({length}). Hold a branch where you mean to come back to."
             )
-        if states and at != 0:
-            state = self._state_of(branch)
         new = self.tree.fork(branch, count, at=at)
         self._end_step()
-        if states and at != 0:
-            self._held_states.update(dict.fromkeys(new, state))
+        if states.has_state and at != 0:
+            self._held_states.update(dict.fromkeys(new, self._state_of(branch)))
         return new
 
     def set_rows(self, branches: Sequence[Branch]) -> None:
@@ -533,15 +416,16 @@ class TreeCache(Cache):
             StaleBranch, InvalidArgument: nothing has changed.
         """
         self._settle()
-        states = self._state_layers()
-        old = self.tree.rows
-        kept = {branch: self._state_of(branch) for branch in self.tree.branches} if states else {}
+        states = OtherLayers(self.layers)
+        kept = {}
+        if states.has_state:
+            kept = {branch: self._state_of(branch) for branch in self.tree.branches}
         self.tree.set_rows(branches)
         self._end_step()
         self._columns = max(self.tree.row_lengths(), default=0)
-        if states and list(branches) != old:
+        if states.has_state:
             self._held_states = {branch: kept[branch] for branch in self.tree.held}
-            self._restore_states([kept[branch] for branch in branches])
+            states.put([kept[branch] for branch in branches])
 
     def prune(self, branch: Branch) -> None:
         """End ``branch``, in the batch or held; blocks that only it held are free at once.
@@ -584,15 +468,10 @@ class TreeCache(Cache):
         self._settle()
         if removed < 0 or removed > self._columns:
             raise InvalidArgument(
-                f"crop({-removed}): give minus the number of tokens to remove, from {-self._columns} "
-                "to 0."
+                f"crop({-removed}): give minus the number of tokens to remove, from "
+                f"{-self._columns} to 0."
             )
-        for layer in self.layers:
-            if isinstance(layer, LinearAttentionCacheLayerMixin):
-                if removed or layer.record_past:
-                    LinearAttentionLayer.crop(layer, -removed)
-            elif not isinstance(layer, PagedLayer):
-                layer.crop(-removed)
+        OtherLayers(self.layers).crop(-removed)
         if not removed:
             return
         for branch in self.tree.rows:
@@ -609,47 +488,13 @@ class TreeCache(Cache):
         self._columns = 0
         self._odd_mask = self._lost_state = False
         self._held_states.clear()
-        self._clear_states()
+        OtherLayers(self.layers).clear()
         self._poison_freed()
 
-    # Linear-attention states: fixed in size, one a row, copied where K/V are shared
-
-    def _state_layers(self) -> list[LinearAttentionCacheLayerMixin]:
-        return [
-            layer
-            for layer in self.layers
-            if isinstance(layer, LinearAttentionCacheLayerMixin)
-            and any(layer.has_previous_state.values())
-        ]
-
-    def _clear_states(self) -> None:
-        for layer in self.layers:
-            if isinstance(layer, LinearAttentionCacheLayerMixin):
-                LinearAttentionCacheLayerMixin.__init__(layer, layer.number_of_states)
-            elif not isinstance(layer, PagedLayer):
-                layer.reset()
-
     def _state_of(self, branch: Branch) -> list[torch.Tensor]:
-        if branch not in self.tree.rows:
-            return self._held_states[branch]
-        row = self.tree.rows.index(branch)
-        return [
-            states[i][row].clone()
-            for layer in self._state_layers()
-            for states in (layer.conv_states, layer.recurrent_states)
-            for i in states
-            if states[i] is not None
-        ]
-
-    def _restore_states(self, rows: list[list[torch.Tensor]]) -> None:
-        columns = iter(zip(*rows, strict=True))
-        for layer in self._state_layers():
-            for states in (layer.conv_states, layer.recurrent_states):
-                for i in states:
-                    if states[i] is not None:
-                        states[i] = torch.stack(next(columns))
-
-    # What transformers asks
+        if branch in self.tree.rows:
+            return OtherLayers(self.layers).take(self.tree.rows.index(branch))
+        return self._held_states[branch]
 
     def update(
         self,
@@ -700,7 +545,7 @@ class TreeCache(Cache):
 
     @property
     def is_initialized(self) -> bool:
-        return bool(self._storages)
+        return bool(self._pool.storages)
 
     @property
     def is_linear(self) -> list[bool]:
@@ -725,12 +570,10 @@ class TreeCache(Cache):
         self._settle()
         return {**self.__dict__, "_step": None, "_plan": None}
 
-    # Books
-
     def stats(self) -> TreeCacheStats:
         """What is held now and what was saved so far."""
         tree, used = self.tree, self.tree.allocator.num_used
-        layer_bytes = sum(storage.attached_block_bytes for storage in self._storages)
+        block_bytes = self._pool.block_bytes
         longest = [max(self._columns, tree.length(branch)) for branch in tree.rows]
         held = [tree.length(branch) for branch in tree.held]
         return TreeCacheStats(
@@ -740,19 +583,19 @@ class TreeCache(Cache):
             unique_tokens=tree.num_unique_tokens(),
             blocks=used,
             block_size=self.block_size,
-            kv_bytes=used * layer_bytes,
-            dense_bytes=(sum(longest) + sum(held)) * layer_bytes // self.block_size,
-            allocated_bytes=sum(storage.allocated_bytes for storage in self._storages),
+            kv_bytes=used * block_bytes,
+            dense_bytes=(sum(longest) + sum(held)) * block_bytes // self.block_size,
+            allocated_bytes=self._pool.allocated_bytes,
             forks=tree.num_forks,
             prunes=tree.num_prunes,
             copies=tree.num_copies,
-            prefill_tokens_asked=self.prefill_tokens_asked,
-            prefill_tokens_computed=self.prefill_tokens_computed,
+            prefill_tokens_asked=self._prefill_asked,
+            prefill_tokens_computed=self._prefill_computed,
             dense_reads=dict(self.dense_reads),
         )
 
     def dense(self, layer: PagedLayer, which: int) -> torch.Tensor | None:
-        """Dense K (``which`` 0) or V (1) ``[B, Hkv, L, D]`` of a layer; None before its first update."""
+        """Dense K (``which`` 0) or V (1) ``[B, Hkv, L, D]``; None before the first update."""
         if layer.storage is None:
             return None
         view = DenseView(self._block_tables(), self.tree.row_lengths(), self.columns_of(layer))
@@ -768,79 +611,11 @@ class TreeCache(Cache):
         lengths = self.tree.row_lengths()
         if max(lengths, default=0) > self._columns:
             raise IntegrityError(f"rows of {max(lengths)} tokens in {self._columns} columns")
-        for storage in self._storages:
+        for storage in self._pool.storages:
             if storage.num_blocks < self.tree.allocator.num_blocks:
                 raise IntegrityError(
                     f"{self.tree.allocator.num_blocks} blocks, room for {storage.num_blocks}"
                 )
-
-
-class PagedLayer(CacheLayerMixin):
-    """The cache's face towards one attention layer; everything else is shared by all layers.
-
-    Attributes:
-        storage: where the layer's K/V are, None before its first update.
-        position: of the layer in ``storage``.
-        spec: heads, dims, dtype and device, as its first update had them.
-    """
-
-    is_compileable = False
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, cache: TreeCache, sliding_window: int | None = None) -> None:
-        self.cache = cache
-        self.sliding_window = sliding_window
-        self.is_sliding = sliding_window is not None
-        self.storage: KVStorage | None = None
-        self.position = 0
-        self.spec: KVSpec | None = None
-
-    @property
-    def is_initialized(self) -> bool:
-        return self.storage is not None
-
-    @property
-    def keys(self) -> torch.Tensor | None:
-        """Dense ``[B, Hkv, L, Dk]`` copy of the stored keys, left-padded with zeros."""
-        return self.cache.dense(self, 0)
-
-    @property
-    def values(self) -> torch.Tensor | None:
-        """Dense ``[B, Hkv, L, Dv]`` copy of the stored values, left-padded with zeros."""
-        return self.cache.dense(self, 1)
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Any, Any]:
-        return self.cache.write(self, key_states, value_states)
-
-    def get_seq_length(self) -> int:
-        return self.cache.columns_of(self)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.columns_of(self) + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        raise UnsupportedModel("TreeCache layers take their shapes from their first update.")
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        raise UnsupportedModel("Reorder the whole TreeCache: its layers share one tree.")
-
-
-class HybridPagedLayer(LinearAttentionLayer, PagedLayer):
-    """A layer with both attention and a linear-attention state (falcon_h1)."""
-
-    is_compileable = False
-
-    def __init__(
-        self, cache: TreeCache, sliding_window: int | None = None, number_of_states: int = 1
-    ) -> None:
-        PagedLayer.__init__(self, cache, sliding_window)
-        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
 
 
 def _as_ints(indices: Any) -> list[int]:
@@ -848,7 +623,5 @@ def _as_ints(indices: Any) -> list[int]:
         indices = indices.tolist()
     chosen = list(indices)
     if not all(isinstance(index, int) and not isinstance(index, bool) for index in chosen):
-        raise InvalidArgument(
-            f"select({chosen[:8]}...): indices must be ints, one for each new row."
-        )
+        raise InvalidArgument(f"select({chosen[:8]}...): give ints, one for each new row.")
     return chosen

@@ -1,4 +1,4 @@
-"""enable_tree_attention: make a model read TreeCaches in place and compute repeated prompts once."""
+"""enable_tree_attention: a model reads TreeCaches in place and computes repeated prompts once."""
 
 from __future__ import annotations
 
@@ -24,11 +24,9 @@ def enable_tree_attention(
     """Switch ``model`` to tree attention, in place.
 
     - Its attention reads the blocks of a :class:`TreeCache` where they are; with any other cache,
-    in
-      training and in encoders it runs transformers' sdpa as before.
+      in training and in encoders it runs transformers' sdpa as before.
     - Equal rows of a prompt (``num_return_sequences``, ``num_beams``, repeated prompts of a batch,
-    each
-      chunk of a chunked prefill) are computed once and forked.
+      each chunk of a chunked prefill) are computed once and forked.
     - A bare ``TreeCache()`` is configured from the model at its first forward.
     - A forward that fails leaves the cache as it was.
 
@@ -49,12 +47,12 @@ def enable_tree_attention(
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(base, PreTrainedModel):
         raise InvalidArgument(
-            f"enable_tree_attention({type(model).__name__}): expected a transformers PreTrainedModel."
+            f"enable_tree_attention({type(model).__name__}): expected a transformers model."
         )
     if any(isinstance(hook, _Hooks) for hook in base._forward_pre_hooks.values()):
         raise InvalidArgument(
-            f"enable_tree_attention: this {type(base).__name__} is enabled already. Keep the handle of "
-            "the first call and disable() it, or use `with enable_tree_attention(model):`."
+            f"enable_tree_attention: this {type(base).__name__} is enabled already. Keep the handle "
+            "of the first call and disable() it, or use `with enable_tree_attention(model):`."
         )
     return EnabledTreeAttention(base, replace_default_cache)
 
@@ -73,7 +71,7 @@ class EnabledTreeAttention:
         ]
 
     def disable(self) -> None:
-        """Give the model back as it was. Caches stay usable, read densely. Harmless when repeated."""
+        """Give the model back as it was; caches stay usable, read densely. Harmless twice."""
         for handle in self._handles:
             handle.remove()
         for config, implementation in self._previous:
@@ -247,9 +245,9 @@ class _Forward:
             return
         if positions is None or bool((positions[..., 0] == 0).any()):
             raise InvalidArgument(
-                f"All {before} tokens of this prompt are cached already, so the forward would append "
-                "them a second time. Call cache.crop(-1) to compute its last token again, cache.reset() "
-                "to start over, or add new tokens to the prompt."
+                f"All {before} tokens of this prompt are cached already, so the forward would "
+                "append them a second time. Call cache.crop(-1) to compute its last token again, "
+                "cache.reset() to start over, or add new tokens to the prompt."
             )
 
     def _collapse(self, num_rows: int) -> _Collapsed | None:
@@ -312,7 +310,7 @@ def _batch_dim(name: str, value: torch.Tensor, num_rows: int) -> int | None:
 def _read_padding(
     cache: TreeCache, mask: torch.Tensor | None, num_rows: int, num_new: int, before: int
 ) -> tuple[list[int] | None, bool]:
-    """(new tokens of each row or None for T each, whether the mask hides more than left padding)."""
+    """(new tokens of each row or None for T each, whether more is hidden than left padding)."""
     if mask is None or mask.shape[0] != num_rows:
         return None, mask is not None
     lengths = cache.tree.row_lengths() or [0] * num_rows

@@ -7,20 +7,15 @@ gets the dense tensor, made on the spot, so a model that works on K/V itself is 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 import torch
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from ..attention.plan import TreeAttentionPlan, Window
-from ..errors import StaleHandle
-from ..memory.storage import KVStorage, SlabIndex
-
-UNKNOWN_READER = "read outside of tree attention"
-"""Why K/V were gathered when it was not our attention that asked."""
+from ..attention.plan import Window
+from .step import UNKNOWN_READER, LayerKV
 
 
 class _Materialising:
@@ -80,163 +75,6 @@ for _name in ("neg", "invert", "lt", "le", "gt", "ge"):
     setattr(_Materialising, f"__{_name}__", _forward_operator(_name))
 
 
-@dataclass(eq=False)
-class DenseView:
-    """Rows as transformers sees them: ``columns`` of equal number, shorter rows padded on the left.
-
-    Attributes:
-        tables: block table of each row.
-        lengths: tokens of each row.
-        columns: L.
-    """
-
-    tables: list[list[int]]
-    lengths: Sequence[int]
-    columns: int
-    _indices: dict[torch.device, tuple[SlabIndex, torch.Tensor | None]] = field(
-        default_factory=dict
-    )
-
-    def index(self, storage: KVStorage) -> tuple[SlabIndex, torch.Tensor | None]:
-        """Slots of every column of every row, and ``[B, L]`` bool of padding (None: there is none)."""
-        device = storage.spec.device
-        if device not in self._indices:
-            size = storage.block_size
-            width = max(1, *(len(table) for table in self.tables))
-            padded = [table + [0] * (width - len(table)) for table in self.tables]
-            pads = self.columns - torch.tensor(self.lengths)
-            positions = torch.arange(self.columns) - pads[:, None]
-            padding = positions < 0
-            positions = positions.clamp_min(0)
-            blocks = torch.tensor(padded).gather(1, positions // size)
-            slots = (blocks * size + positions % size).flatten()
-            index = SlabIndex.of(slots, storage.slab_blocks * size, device)
-            self._indices[device] = index, padding.to(device) if bool(padding.any()) else None
-        return self._indices[device]
-
-
-def gather_dense(
-    view: DenseView, storage: KVStorage, layer: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dense K ``[B, Hkv, L, Dk]`` and V ``[B, Hkv, L, Dv]``, padding as zeros."""
-    slots, padding = view.index(storage)
-    dense = []
-    for flat in storage.gather_slots(layer, slots):
-        rows = flat.unflatten(0, (len(view.lengths), view.columns))
-        if padding is not None:
-            rows = rows.masked_fill(padding[:, :, None, None], 0)
-        dense.append(rows.transpose(1, 2))
-    return dense[0], dense[1]
-
-
-@dataclass(eq=False)
-class Step:
-    """One forward of one cache: what was decided once and serves every layer.
-
-    Attributes:
-        before: columns of the cache before this forward.
-        num_new: T, columns that this forward adds.
-        counts: tokens that it adds to each row; fewer than T where a row begins with padding.
-        plan: the attention work list.
-        slots: slots of the new tokens, row by row.
-        read_tables: gives the block table of each row while the step is alive.
-        forked_from: rows before an automatic fork, else None.
-        padding_known: padding is exactly what the cache left out, so a 2-D mask says nothing new.
-        prefill_asked, prefill_computed: tokens for the books, 0 when decoding.
-        alive: false once the cache has moved on; handles of this forward are then stale.
-        finished: every layer has been written.
-        written: ``id`` of every layer already written.
-    """
-
-    before: int
-    num_new: int
-    counts: list[int]
-    plan: TreeAttentionPlan
-    slots: list[list[int]]
-    read_tables: Callable[[], list[list[int]]]
-    forked_from: int | None
-    padding_known: bool
-    prefill_asked: int
-    prefill_computed: int
-    alive: bool = True
-    finished: bool = False
-    written: set[int] = field(default_factory=set)
-    _write_indices: dict[torch.device, tuple[SlabIndex, torch.Tensor | None]] = field(
-        default_factory=dict
-    )
-
-    @property
-    def columns(self) -> int:
-        return self.before + self.num_new
-
-    @cached_property
-    def fresh(self) -> bool:
-        """The new K/V are all there is."""
-        return self.before == 0
-
-    @cached_property
-    def dense_view(self) -> DenseView:
-        return DenseView(self.read_tables(), self.plan.lengths, self.columns)
-
-    def write_index(self, storage: KVStorage) -> tuple[SlabIndex, torch.Tensor | None]:
-        """Where new tokens go, and which of the B * T they are (None: all)."""
-        device = storage.spec.device
-        if device not in self._write_indices:
-            slab = storage.slab_blocks * storage.block_size
-            slots = SlabIndex.of([slot for row in self.slots for slot in row], slab, device)
-            source = None
-            if min(self.counts, default=0) < self.num_new:
-                kept = [
-                    row * self.num_new + column
-                    for row, count in enumerate(self.counts)
-                    for column in range(self.num_new - count, self.num_new)
-                ]
-                source = torch.tensor(kept, dtype=torch.int64, device=device)
-            self._write_indices[device] = slots, source
-        return self._write_indices[device]
-
-
-@dataclass(eq=False)
-class LayerKV:
-    """K and V of one layer in one forward, behind both of its handles.
-
-    Attributes:
-        step: the forward.
-        storage: holds this forward's tokens already.
-        layer: position of the layer in ``storage``.
-        new: the new K ``[B, Hkv, T, Dk]`` and V ``[B, Hkv, T, Dv]`` as the model made them.
-        backend: attends when the fast path serves.
-        on_dense: told why, when somebody asks for the dense tensors of a layer with a past.
-    """
-
-    step: Step
-    storage: KVStorage
-    layer: int
-    new: tuple[torch.Tensor, torch.Tensor]
-    backend: str
-    on_dense: Callable[[str], None]
-    _dense: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def dense(self, reason: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """K ``[B, Hkv, L, Dk]`` and V ``[B, Hkv, L, Dv]``, left-padded with zeros.
-
-        Raises:
-            StaleHandle: the cache has moved on.
-        """
-        if self.step.fresh:
-            return self.new
-        if self._dense is None:
-            if not self.step.alive:
-                raise StaleHandle(
-                    "K/V of an earlier forward were used after the cache had moved on (a forward, "
-                    "select, crop or reset). Use them within the forward, or read "
-                    "cache.layers[i].keys."
-                )
-            self.on_dense(reason)
-            self._dense = gather_dense(self.step.dense_view, self.storage, self.layer)
-        return self._dense
-
-
 class PagedKV(_Materialising):
     """The keys (``which`` 0) or values (1) of one layer, not gathered. ``[B, Hkv, L, D]``."""
 
@@ -265,7 +103,7 @@ class PagedKV(_Materialising):
         return self.shape if dim is None else self.shape[dim]
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Itself when it is there already (shared-KV layers pass handles on), else the dense tensor."""
+        """Itself when it is there already: shared-KV layers pass handles on. Else a tensor."""
         devices = [a for a in (*args, *kwargs.values()) if isinstance(a, (torch.device, str))]
         if len(devices) == len(args) + len(kwargs) and torch.device(devices[0]) == self.device:
             return self
@@ -300,7 +138,7 @@ class TreeMask(_Materialising):
 
     @cached_property
     def pattern(self) -> tuple[bool, Window | None]:
-        """(recognised, window): causal, perhaps within a window; anything else is not recognised."""
+        """(recognised, window): causal, perhaps within a window, is; nothing else."""
         if self.arguments.get("use_vmap"):
             return False, None
         return _read_pattern(self.arguments["mask_function"])
@@ -336,7 +174,7 @@ class TreeMask(_Materialising):
 
 
 def _read_pattern(function: Callable[..., Any]) -> tuple[bool, Window | None]:
-    """Recognise causal, sliding-causal and chunked-causal mask functions by what they close over."""
+    """Recognise causal, sliding and chunked mask functions by what they close over."""
     if function is causal_mask_function:
         return True, None
     parts = _closure(function).get("mask_functions")

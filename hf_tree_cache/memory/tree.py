@@ -185,7 +185,7 @@ class BranchTree:
         num_rows = len(self.rows)
         if indices and not (min(indices) >= 0 and max(indices) < num_rows):
             raise InvalidArgument(
-                f"select: indices from {min(indices)} to {max(indices)}, but there are {num_rows} rows."
+                f"select: indices from {min(indices)} to {max(indices)} for {num_rows} rows."
             )
         old, tips = self.rows, self._tips
         named: set[int] = set()
@@ -417,16 +417,16 @@ class BranchTree:
             tokens = sorted(((node.end, b) for b, node in self._tips.items()), reverse=True)
             holders = ", ".join(f"branch {b}: {end} tokens" for end, b in tokens[:4])
             raise OutOfBlocks(
-                f"append to {len(self.rows)} rows needs {count} blocks of {self.block_size} tokens; "
-                f"{error.free} of {self.allocator.max_blocks} are free. {len(self._tips)} branches "
-                f"({len(self._tips) - len(self.rows)} held) share the rest; longest: {holders}. "
+                f"append to {len(self.rows)} rows needs {count} blocks of {self.block_size} "
+                f"tokens; {error.free} of {self.allocator.max_blocks} are free. {len(self._tips)} "
+                f"branches ({len(self.held)} held) share the rest; longest: {holders}. "
                 "The cache is unchanged: prune branches, or raise max_blocks / max_memory.",
                 error.requested,
                 error.free,
             ) from None
 
     def _node_ending_at(self, node: Node, position: int) -> Node:
-        """The node on the path of ``node`` whose last token is at ``position - 1``; splits if need be."""
+        """The ancestor of ``node`` that ends before ``position``, split off if need be."""
         while position <= node.start and node.parent is not None:
             node = node.parent
         if position == node.end:
