@@ -12,24 +12,53 @@ from .errors import (
     TreeCacheError,
     UnsupportedModel,
 )
-from .integration.cache import TreeCache, TreeCacheStats
+from .generation.loop import tree_generate
+from .generation.output import BranchEvent, TreeGenerateOutput, TreeGenerateStats
+from .generation.processors import (
+    BranchBatch,
+    BranchingProcessor,
+    ForkAtDelimiter,
+    ForkAtFirstToken,
+    ForkAtPositions,
+    ForkOnEntropy,
+    ForkOnVarentropy,
+    PruneBelow,
+    PruneByRank,
+)
+from .generation.record import GenerationTree
+from .integration.cache import TreeCache
 from .integration.enable import EnabledTreeAttention, enable_tree_attention
+from .integration.stats import TreeCacheStats
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BatchMismatch",
+    "BranchBatch",
+    "BranchEvent",
+    "BranchingProcessor",
     "EnabledTreeAttention",
+    "ForkAtDelimiter",
+    "ForkAtFirstToken",
+    "ForkAtPositions",
+    "ForkOnEntropy",
+    "ForkOnVarentropy",
+    "GenerationTree",
     "IntegrityError",
     "InvalidArgument",
     "NonFiniteScores",
     "OutOfBlocks",
+    "PruneBelow",
+    "PruneByRank",
     "StaleBranch",
     "StaleHandle",
     "StorageMismatch",
     "TreeCache",
     "TreeCacheError",
     "TreeCacheStats",
+    "TreeGenerateOutput",
+    "TreeGenerateStats",
     "UnsupportedModel",
     "enable_tree_attention",
+    "tree_generate",
 ]

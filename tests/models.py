@@ -64,13 +64,13 @@ TINY: dict[str, Tiny] = {
         "Qwen2Config", "Qwen2ForCausalLM", _without(THREES, "head_dim", hidden_size=48)
     ),
     "qwen3": Tiny("Qwen3Config", "Qwen3ForCausalLM", SINGLES),
-    "mistral": Tiny("MistralConfig", "MistralForCausalLM", {**THREES, "sliding_window": 7}),
+    "mistral": Tiny("MistralConfig", "MistralForCausalLM", {**THREES, "sliding_window": 11}),
     "gemma2": Tiny(
         "Gemma2Config",
         "Gemma2ForCausalLM",
         {
             **GROUPED,
-            "sliding_window": 6,
+            "sliding_window": 19,
             "query_pre_attn_scalar": 12,
             # Low enough to bend the scores of a random model.
             "attn_logit_softcapping": 2.0,
@@ -82,6 +82,7 @@ TINY: dict[str, Tiny] = {
         "Gemma3ForCausalLM",
         {
             **SINGLES,
+            "hidden_size": 48,
             "sliding_window": 5,
             "query_pre_attn_scalar": 16,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
@@ -102,6 +103,7 @@ TINY: dict[str, Tiny] = {
             "sliding_window": 6,
             "num_local_experts": 3,
             "num_experts_per_tok": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
     ),
     "gpt2": Tiny(
@@ -221,7 +223,6 @@ TINY: dict[str, Tiny] = {
             "num_experts": 3,
             "mamba_d_state": 7,
             "mamba_dt_rank": 5,
-            "use_mamba_kernels": False,
         },
         states=True,
     ),

@@ -393,7 +393,7 @@ def test_the_overview_draws_a_line_per_branch_and_is_left_out_for_one_branch() -
 def test_themes_of_notebooks_override_the_one_of_the_browser() -> None:
     style = small_tree().to_html()
     assert "@media (prefers-color-scheme:dark)" in style
-    assert 'body:not([data-jp-theme-light="true"]):not(.vscode-light) .htc{' in style
+    assert 'body:not([data-jp-theme-light="true"]):not(.vscode-light):not(' in style
     for theme in ('body[data-jp-theme-light="false"] .htc', "body.vscode-dark .htc"):
         assert theme in style
 

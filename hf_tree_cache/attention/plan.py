@@ -24,8 +24,8 @@ class Window:
     """What a query may look back to.
 
     Attributes:
-        kind: "sliding": the last ``size`` tokens, itself included; "chunked": those of its own chunk
-            of ``size`` tokens, counted from the row's first token.
+        kind: "sliding": the last ``size`` tokens, itself included; "chunked": those of its own
+            chunk of ``size`` tokens, counted from the row's first token.
         size: in tokens.
     """
 

@@ -507,11 +507,13 @@ class GenerationTree:
         self, tokenizer: view.Decoder | None = None, max_width: int = 100, max_nodes: int = 200
     ) -> str:
         """Draw the tree for a terminal; see `view.render_text`."""
-        return view.render_text(self, tokenizer or self.tokenizer, max_width, max_nodes)
+        chosen = self.tokenizer if tokenizer is None else tokenizer
+        return view.render_text(self, chosen, max_width, max_nodes)
 
     def to_html(self, tokenizer: view.Decoder | None = None, max_nodes: int = 1000) -> str:
         """Draw the tree as self-contained HTML; see `view.render_html`."""
-        return view.render_html(self, tokenizer or self.tokenizer, max_nodes)
+        chosen = self.tokenizer if tokenizer is None else tokenizer
+        return view.render_html(self, chosen, max_nodes)
 
     def __str__(self) -> str:
         return self.to_text()

@@ -66,6 +66,7 @@ class _Selection:
     num_hidden: int
 
     def children(self, node: GenerationNode) -> list[int]:
+        """The children of a node that are drawn."""
         return [child for child in node.children if child in self.shown]
 
 
@@ -586,7 +587,7 @@ def _row(
         likely = 0.0 if math.isnan(mean) else math.exp(min(0.0, mean))
         facts.append(
             f'<span class="p" style="--p:{likely:.0%}" '
-            f'title="mean log-prob; the bar is the mean probability">{mean:.2f}</span>'
+            f'title="mean log-prob; bar: the probability it stands for">{mean:.2f}</span>'
         )
     facts.append(f'<span class="id">#{node.id}</span>')
     badge = "" if node.state == "forked" else _MARKERS[node.state]
@@ -649,8 +650,10 @@ color:var(--text);background:var(--bg);border:1px solid var(--line);border-radiu
 padding:12px 14px;margin:4px 0;font:13px/1.45 system-ui,-apple-system,"Segoe UI",sans-serif;
 text-align:left}
 @media (prefers-color-scheme:dark){
-body:not([data-jp-theme-light="true"]):not(.vscode-light) .htc{DARK}}
-body[data-jp-theme-light="false"] .htc,body.vscode-dark .htc,body.vscode-high-contrast .htc,
+body:not([data-jp-theme-light="true"]):not(.vscode-light):not(.vscode-high-contrast-light)
+.htc{DARK}}
+body[data-jp-theme-light="false"] .htc,body.vscode-dark .htc,
+body.vscode-high-contrast:not(.vscode-high-contrast-light) .htc,
 html[data-theme="dark"] .htc,html[theme="dark"] .htc{DARK}
 .htc *{box-sizing:border-box}
 .htc .head{display:flex;flex-wrap:wrap;align-items:center;gap:6px;margin-bottom:10px}

@@ -570,10 +570,19 @@ class TreeCache(Cache):
         self._settle()
         return {**self.__dict__, "_step": None, "_plan": None}
 
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the blocks in use, all layers."""
+        return self.tree.allocator.num_used * self._pool.block_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token, all layers."""
+        return self._pool.block_bytes // self.block_size
+
     def stats(self) -> TreeCacheStats:
         """What is held now and what was saved so far."""
-        tree, used = self.tree, self.tree.allocator.num_used
-        block_bytes = self._pool.block_bytes
+        tree = self.tree
         longest = [max(self._columns, tree.length(branch)) for branch in tree.rows]
         held = [tree.length(branch) for branch in tree.held]
         return TreeCacheStats(
@@ -581,10 +590,10 @@ class TreeCache(Cache):
             num_held=len(held),
             logical_tokens=tree.num_logical_tokens(),
             unique_tokens=tree.num_unique_tokens(),
-            blocks=used,
+            blocks=tree.allocator.num_used,
             block_size=self.block_size,
-            kv_bytes=used * block_bytes,
-            dense_bytes=(sum(longest) + sum(held)) * block_bytes // self.block_size,
+            kv_bytes=self.kv_bytes,
+            dense_bytes=(sum(longest) + sum(held)) * self.token_bytes,
             allocated_bytes=self._pool.allocated_bytes,
             forks=tree.num_forks,
             prunes=tree.num_prunes,

@@ -51,8 +51,8 @@ def enable_tree_attention(
         )
     if any(isinstance(hook, _Hooks) for hook in base._forward_pre_hooks.values()):
         raise InvalidArgument(
-            f"enable_tree_attention: this {type(base).__name__} is enabled already. Keep the handle "
-            "of the first call and disable() it, or use `with enable_tree_attention(model):`."
+            f"enable_tree_attention: this {type(base).__name__} is enabled already. Keep the "
+            "handle of the first call and disable() it, or use `with enable_tree_attention(model):`."
         )
     return EnabledTreeAttention(base, replace_default_cache)
 

@@ -1,0 +1,138 @@
+"""LiveBatch: the rows of a decoding loop, kept in step with their cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.utils import ModelOutput
+
+from ..integration.cache import TreeCache
+from .record import GenerationTree
+
+
+@dataclass
+class LiveBatch:
+    """One row for each live branch: tokens, model arguments, and what is known of the branch.
+
+    Attributes:
+        input_ids: ``[R, L]`` int64, left-padded prompt and generated tokens.
+        model_kwargs: what transformers' loop would carry from step to step.
+        nodes: leaf of each row in the record.
+        prompts: prompt of each row.
+        branches: branch of each row in the cache; known after the prefill.
+        lengths: generated tokens of each row.
+        logprobs: sum of their log-probs.
+        last_logprobs: log-prob of each row's last token.
+    """
+
+    input_ids: torch.Tensor
+    model_kwargs: dict[str, Any]
+    nodes: list[int]
+    prompts: list[int]
+    lengths: list[int]
+    logprobs: list[float]
+    branches: list[int] = field(default_factory=list)
+    last_logprobs: list[float] = field(default_factory=list)
+    _cache: TreeCache | None = None
+
+    @classmethod
+    def of(
+        cls, input_ids: torch.Tensor, model_kwargs: dict[str, Any], tree: GenerationTree
+    ) -> LiveBatch:
+        """Rows as ``generate`` passes them; equal rows are branches of one prompt of the record."""
+        mask = model_kwargs.get("attention_mask")
+        fits = isinstance(mask, torch.Tensor) and mask.shape == input_ids.shape
+        prompts: dict[tuple[int, ...], int] = {}
+        roots: list[int] = []
+        nodes, of_row = [], []
+        masks = mask.tolist() if fits else [[1] * input_ids.shape[1]] * len(input_ids)
+        for ids, keep in zip(input_ids.tolist(), masks, strict=True):
+            tokens = tuple(token for token, real in zip(ids, keep, strict=True) if real)
+            if tokens not in prompts:
+                prompts[tokens] = len(roots)
+                roots.append(tree.add_prompt(tokens))
+            of_row.append(prompts[tokens])
+            nodes.append(tree.open_branch(roots[of_row[-1]]))
+        count = len(nodes)
+        return cls(input_ids, model_kwargs, nodes, of_row, [0] * count, [0.0] * count)
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def prefill(self, model: Any, config: GenerationConfig, cache: TreeCache) -> torch.Tensor:
+        """Run the prompts; ``[R, V]`` float32 logits of their last tokens."""
+        outputs = model._prefill(self.input_ids, config, self.model_kwargs)
+        self._cache = cache
+        self.branches = [int(branch) for branch in cache.rows]
+        return self._take(model, outputs)
+
+    def forward(self, model: Any) -> torch.Tensor:
+        """Run the last token of every row; ``[R, V]`` float32 logits."""
+        inputs = model.prepare_inputs_for_generation(
+            self.input_ids, next_sequence_length=1, **self.model_kwargs
+        )
+        return self._take(model, model(**inputs, return_dict=True))
+
+    def select(self, rows: Sequence[int], *, hold: bool = False) -> None:
+        """Row i becomes old row ``rows[i]``, here and in the cache.
+
+        Args:
+            hold: keep rows that are not named in the cache as held branches; then none may be named
+                twice.
+        """
+        if list(rows) == list(range(len(self))):
+            return
+        assert self._cache is not None
+        cache = self.model_kwargs["past_key_values"]
+        if hold:
+            cache.set_rows([self._cache.rows[row] for row in rows])
+        else:
+            cache.reorder_cache(torch.tensor(rows, dtype=torch.int64))
+        index = torch.tensor(rows, dtype=torch.int64, device=self.input_ids.device)
+        self.model_kwargs = {
+            key: value if key == "past_key_values" else _select(key, value, index, len(self))
+            for key, value in self.model_kwargs.items()
+        }
+        self.input_ids = self.input_ids.index_select(0, index)
+        self.nodes = [self.nodes[row] for row in rows]
+        self.prompts = [self.prompts[row] for row in rows]
+        self.lengths = [self.lengths[row] for row in rows]
+        self.logprobs = [self.logprobs[row] for row in rows]
+        self.branches = [int(branch) for branch in self._cache.rows]
+
+    def append(
+        self, ids: torch.Tensor, tokens: list[int], logprobs: list[float], tree: GenerationTree
+    ) -> None:
+        """Take ``ids [R, L + 1]`` over, whose last column is ``tokens``, and record it."""
+        self.input_ids = ids
+        self.last_logprobs = logprobs
+        for row, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
+            tree.append(self.nodes[row], token, logprob)
+            self.lengths[row] += 1
+            self.logprobs[row] += logprob
+
+    def _take(self, model: Any, outputs: Any) -> torch.Tensor:
+        self.model_kwargs = model._update_model_kwargs_for_generation(
+            outputs, self.model_kwargs, is_encoder_decoder=model.config.is_encoder_decoder
+        )
+        return outputs.logits[:, -1].to(
+            copy=True, dtype=torch.float32, device=self.input_ids.device
+        )
+
+
+def _select(name: str, value: Any, index: torch.Tensor, num_rows: int) -> Any:
+    """``value`` for the rows ``index``, where it has a batch of ``num_rows``."""
+    if isinstance(value, torch.Tensor):
+        dim = 1 if name == "position_ids" and value.ndim == 3 else 0
+        if value.ndim > dim and value.shape[dim] == num_rows:
+            return value.index_select(dim, index.to(value.device))
+        return value
+    if isinstance(value, ModelOutput):
+        return type(value)({k: _select(k, v, index, num_rows) for k, v in value.items()})
+    if type(value) in (list, tuple):
+        return type(value)(_select(name, item, index, num_rows) for item in value)
+    return value

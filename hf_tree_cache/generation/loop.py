@@ -1,0 +1,325 @@
+"""tree_generate: a decoding loop whose batch is the set of live branches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+
+from ..errors import InvalidArgument, NonFiniteScores
+from ..integration.cache import TreeCache
+from .batch import LiveBatch
+from .decide import NextRows, decide
+from .output import BranchEvent, TreeGenerateOutput, TreeGenerateStats
+from .processors import BranchBatch, BranchingProcessor
+from .record import GenerationTree
+from .sampling import choose_tokens
+
+
+def tree_generate(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    generation_config: GenerationConfig | None = None,
+    branching: Sequence[BranchingProcessor] = (),
+    max_branches: int = 64,
+    keep_branches: bool = False,
+    tree_streamer: Callable[[BranchEvent], None] | None = None,
+    tree_tokenizer: Any = None,
+    progress: bool | None = None,
+    **model_kwargs: Any,
+) -> TreeGenerateOutput:
+    """Generate a tree: pass it as ``model.generate(..., custom_generate=tree_generate)``.
+
+    Each step runs the model on one token of every live branch, lets the processors fork and prune,
+    draws the next tokens, and takes finished branches out of the batch. Without forks and prunes
+    the tokens are those of ``generate`` under the same seed, as long as no branch ends early.
+
+    ``branching`` processors see the model's logits before ``logits_processor`` (temperature, top-p)
+    changes them; a BranchingProcessor may also stand among the logits processors. Ctrl-C ends the
+    run and returns what there is; any other exception leaves the cache usable.
+
+    Args:
+        branching: processors that fork and prune.
+        max_branches: most branches alive or finished at a time; forks beyond it are refused, those
+            of least priority first. At least the number of rows to start with.
+        keep_branches: hold finished branches in the cache instead of freeing them.
+        tree_streamer: told of every event as it happens (``streamer`` cannot reach this loop).
+        tree_tokenizer: decodes tokens in the views of the tree.
+        progress: show a bar; default only on a terminal or in a notebook.
+
+    Raises:
+        InvalidArgument: ``max_branches`` below the rows to start with, a cache that is not a
+            TreeCache, ``use_cache=False``, beams.
+        NonFiniteScores: NaN, +inf or nothing but -inf among the scores of a row.
+        OutOfBlocks: no room for the next token of every branch.
+    """
+    config = generation_config or model.generation_config
+    if config.num_beams > 1:
+        raise InvalidArgument(
+            "tree_generate has no beams: leave num_beams, fork and prune instead."
+        )
+    if not model_kwargs.setdefault("use_cache", True):
+        raise InvalidArgument("tree_generate needs the cache: leave out use_cache=False.")
+    if not len(input_ids) <= max_branches:
+        raise InvalidArgument(
+            f"tree_generate(max_branches={max_branches}): there are {len(input_ids)} rows to start "
+            "with (prompts x num_return_sequences); give at least as many."
+        )
+    cache = _tree_cache(model, model_kwargs)
+    run = _Run(
+        model=model,
+        config=config,
+        cache=cache,
+        logits_processor=logits_processor or LogitsProcessorList(),
+        stopping_criteria=stopping_criteria or StoppingCriteriaList(),
+        branching=list(branching),
+        max_branches=max_branches,
+        keep_branches=keep_branches,
+        tree=GenerationTree(tree_tokenizer),
+    )
+    with torch.no_grad():
+        return run.drive(input_ids, model_kwargs, tree_streamer, progress)
+
+
+def _tree_cache(model: PreTrainedModel, model_kwargs: dict[str, Any]) -> TreeCache:
+    """The TreeCache of the run; one is made where the caller passed none."""
+    given = model_kwargs.get("past_key_values")
+    if isinstance(given, EncoderDecoderCache) and given.get_seq_length() == 0:
+        inner = given.self_attention_cache
+        given = given if isinstance(inner, TreeCache) else None
+    elif type(given) is DynamicCache and given.get_seq_length() == 0:
+        given = None
+    if given is None and model.config.is_encoder_decoder:
+        given = EncoderDecoderCache(TreeCache(), TreeCache())
+    elif given is None:
+        given = TreeCache(model.config)
+    model_kwargs["past_key_values"] = given
+    inner = given.self_attention_cache if isinstance(given, EncoderDecoderCache) else given
+    if not isinstance(inner, TreeCache):
+        raise InvalidArgument(
+            f"tree_generate got a {type(given).__name__}; pass past_key_values=TreeCache(), or none."
+        )
+    inner.configure(model.config)
+    return inner
+
+
+@dataclass
+class _Run:
+    """One call of :func:`tree_generate`."""
+
+    model: Any
+    config: GenerationConfig
+    cache: TreeCache
+    logits_processor: LogitsProcessorList
+    stopping_criteria: StoppingCriteriaList
+    branching: list[BranchingProcessor]
+    max_branches: int
+    keep_branches: bool
+    tree: GenerationTree
+    stats: TreeGenerateStats = field(default_factory=TreeGenerateStats)
+    finished: list[tuple[int, int, str]] = field(default_factory=list)  # (node, branch, reason)
+
+    def drive(
+        self,
+        input_ids: torch.Tensor,
+        model_kwargs: dict[str, Any],
+        streamer: Callable[[BranchEvent], None] | None,
+        progress: bool | None,
+    ) -> TreeGenerateOutput:
+        """Run to the end, or to Ctrl-C."""
+        started, before = time.perf_counter(), self.cache.stats()
+        num_prompt = input_ids.shape[1]
+        batch = LiveBatch.of(input_ids, model_kwargs, self.tree)
+        disable = None if progress is None else not progress
+        total = self.config.max_length and self.config.max_length - num_prompt
+        try:
+            with tqdm(total=total, desc="tree_generate", unit="step", disable=disable) as bar:
+                for event in self._steps(batch):
+                    if streamer is not None:
+                        streamer(event)
+                    if bar.n < self.stats.steps:
+                        bar.set_postfix(branches=len(batch), finished=len(self.finished))
+                        bar.update(self.stats.steps - bar.n)
+        except KeyboardInterrupt:
+            self.cache.rollback()
+            for node, branch in zip(batch.nodes, batch.branches, strict=False):
+                self.tree.finish(node, "interrupted")
+                self.finished.append((node, branch, "interrupted"))
+        except BaseException:
+            self.cache.rollback()
+            raise
+        self.stats.seconds = time.perf_counter() - started
+        after = self.cache.stats()
+        self.stats.prefill_tokens_asked = after.prefill_tokens_asked - before.prefill_tokens_asked
+        self.stats.prefill_tokens_computed = (
+            after.prefill_tokens_computed - before.prefill_tokens_computed
+        )
+        return self._output(input_ids, model_kwargs["past_key_values"])
+
+    def _steps(self, batch: LiveBatch) -> Iterator[BranchEvent]:
+        """Step by step until no branch is left, telling what happens."""
+        logits = batch.prefill(self.model, self.config, self.cache)
+        while True:
+            self._note_peak(batch)
+            scores = logits
+            actions = []
+            for processor in [*self.branching, *self.logits_processor]:
+                if isinstance(processor, BranchingProcessor):
+                    processor.begin(self._view(batch))
+                scores = processor(batch.input_ids, scores)
+                if isinstance(processor, BranchingProcessor):
+                    actions += processor.take_actions()
+            if actions:
+                budget = self.max_branches - len(batch) - len(self.finished)
+                rows = decide(actions, len(batch), budget)
+                scores, logits = scores[rows.parents], logits[rows.parents]
+                yield from self._apply(rows, batch)
+                distinct = [
+                    [parent, *children] for parent, children, apart, _ in rows.forks if apart
+                ]
+            else:
+                distinct = []
+            if not len(batch):
+                return
+            yield from self._advance(batch, logits, scores, distinct)
+            if not len(batch):
+                return
+            logits = batch.forward(self.model)
+
+    def _view(self, batch: LiveBatch) -> BranchBatch:
+        return BranchBatch(
+            tuple(batch.branches), tuple(batch.prompts), tuple(batch.lengths), tuple(batch.logprobs)
+        )
+
+    def _apply(self, rows: NextRows, batch: LiveBatch) -> Iterator[BranchEvent]:
+        """Make the batch, the cache and the record what ``rows`` says."""
+        old = list(batch.branches)
+        for row, reason in rows.pruned:
+            self.tree.prune(batch.nodes[row], reason)
+        batch.select(rows.parents)
+        for parent, children, _, reason in rows.forks:
+            nodes = self.tree.fork(batch.nodes[parent], 1 + len(children), reason)
+            for row, node in zip([parent, *children], nodes, strict=True):
+                batch.nodes[row] = node
+        self.stats.prunes += len(rows.pruned)
+        self.stats.forks_refused += rows.refused
+        for row, reason in rows.pruned:
+            self._tell_gone(old[row])
+            yield BranchEvent("prune", old[row], self.stats.steps, reason=reason)
+        for parent, children, _, reason in rows.forks:
+            branch = batch.branches[parent]
+            made = tuple(batch.branches[child] for child in children)
+            self.stats.forks += len(made)
+            for processor in self._branching_processors():
+                processor.on_fork(branch, made)
+            yield BranchEvent("fork", branch, self.stats.steps, children=made, reason=reason)
+
+    def _advance(
+        self,
+        batch: LiveBatch,
+        logits: torch.Tensor,
+        scores: torch.Tensor,
+        distinct: list[list[int]],
+    ) -> Iterator[BranchEvent]:
+        """Draw and append the next tokens, and let finished branches go. One synchronisation."""
+        best = scores.amax(-1)
+        broken = ~best.isfinite()
+        safe = scores.masked_fill(broken[:, None], 0)
+        tokens = choose_tokens(safe, self.config.do_sample, distinct)
+        logprobs = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+        ids = torch.cat([batch.input_ids, tokens[:, None]], 1)
+        done = self.stopping_criteria(ids, scores)
+        done = torch.as_tensor(done, device=ids.device).expand(len(batch))
+        table = torch.stack([tokens, broken, done]).tolist()
+        if any(table[1]):
+            raise NonFiniteScores(
+                f"Branch {batch.branches[table[1].index(1)]} has scores with NaN, +inf or nothing "
+                "but -inf. A processor masked every token, or the model overflowed (try bfloat16 or "
+                "float32)."
+            )
+        batch.append(ids, table[0], logprobs.tolist(), self.tree)
+        self.stats.steps += 1
+        for branch, token, logprob in zip(
+            batch.branches, table[0], batch.last_logprobs, strict=True
+        ):
+            yield BranchEvent("token", branch, self.stats.steps, token=token, logprob=logprob)
+        if any(table[2]):
+            yield from self._finish([row for row, over in enumerate(table[2]) if over], batch)
+
+    def _finish(self, rows: list[int], batch: LiveBatch) -> Iterator[BranchEvent]:
+        gone = set(rows)
+        for row in rows:
+            node, branch = batch.nodes[row], batch.branches[row]
+            reason = self._finish_reason(self.tree.nodes[node].tokens[-1], batch)
+            self.tree.finish(node, reason)
+            self.finished.append((node, branch, reason))
+            self._tell_gone(branch)
+            yield BranchEvent("finish", branch, self.stats.steps, reason=reason)
+        left = [row for row in range(len(batch)) if row not in gone]
+        batch.select(left, hold=self.keep_branches)
+
+    def _finish_reason(self, token: int, batch: LiveBatch) -> str:
+        eos = self.config.eos_token_id
+        if eos is not None and token in (eos if isinstance(eos, (list, tuple)) else [eos]):
+            return "eos"
+        limit = self.config.max_length
+        return "length" if limit and batch.input_ids.shape[1] >= limit else "stop"
+
+    def _branching_processors(self) -> list[BranchingProcessor]:
+        among = [p for p in self.logits_processor if isinstance(p, BranchingProcessor)]
+        return [*self.branching, *among]
+
+    def _tell_gone(self, branch: int) -> None:
+        for processor in self._branching_processors():
+            processor.on_prune(branch)
+
+    def _note_peak(self, batch: LiveBatch) -> None:
+        stats = self.stats
+        stats.peak_branches = max(stats.peak_branches, len(batch))
+        stats.peak_kv_bytes = max(stats.peak_kv_bytes, self.cache.kv_bytes)
+
+    def _output(self, input_ids: torch.Tensor, cache: Any) -> TreeGenerateOutput:
+        tree, stats = self.tree, self.stats
+        order = {node: i for i, node in enumerate(tree.walk())}
+        done = sorted(self.finished, key=lambda entry: order[entry[0]])
+        leaves = [node for node, _, _ in done]
+        pad = self.config.pad_token_id
+        pad = pad[0] if isinstance(pad, (list, tuple)) else pad
+        sequences = [torch.tensor(tree.tokens(leaf)) for leaf in leaves]
+        logprobs = [torch.tensor(tree.logprobs(leaf), dtype=torch.float32) for leaf in leaves]
+        stats.tokens_generated = tree.num_tokens
+        stats.tokens_flat = tree.num_tokens_flat
+        longest = max((len(sequence) for sequence in sequences), default=0)
+        stats.dense_kv_bytes = len(leaves) * longest * self.cache.token_bytes
+        return TreeGenerateOutput(
+            sequences=_pad(sequences, 0 if pad is None else int(pad)).to(input_ids.device),
+            logprobs=_pad(logprobs, float("nan")).to(input_ids.device),
+            sequences_scores=torch.tensor([tree.logprob(leaf) for leaf in leaves]),
+            prompts=[tree.nodes[leaf].prompt for leaf in leaves],
+            finish_reasons=[reason for _, _, reason in done],
+            branches=[branch for _, branch, _ in done],
+            leaves=leaves,
+            tree=tree,
+            stats=stats,
+            past_key_values=cache,
+        )
+
+
+def _pad(rows: list[torch.Tensor], value: float) -> torch.Tensor:
+    if not rows:
+        return torch.empty(0, 0)
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
