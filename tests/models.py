@@ -326,6 +326,8 @@ def build(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> PreT
             for key, weight in module.named_parameters(recurse=False):
                 _spread(module, key, weight.data)
     model.generation_config.pad_token_id = PAD
+    if dtype == torch.float64 and model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")  # the others have no float64 kernel
     return model.to(dtype).eval()
 
 

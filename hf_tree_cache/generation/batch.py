@@ -45,12 +45,12 @@ class LiveBatch:
     ) -> LiveBatch:
         """Rows as ``generate`` passes them; equal rows are branches of one prompt of the record."""
         mask = model_kwargs.get("attention_mask")
-        fits = isinstance(mask, torch.Tensor) and mask.shape == input_ids.shape
+        if not isinstance(mask, torch.Tensor) or mask.shape != input_ids.shape:
+            mask = torch.ones_like(input_ids)
         prompts: dict[tuple[int, ...], int] = {}
         roots: list[int] = []
         nodes, of_row = [], []
-        masks = mask.tolist() if fits else [[1] * input_ids.shape[1]] * len(input_ids)
-        for ids, keep in zip(input_ids.tolist(), masks, strict=True):
+        for ids, keep in zip(input_ids.tolist(), mask.tolist(), strict=True):
             tokens = tuple(token for token, real in zip(ids, keep, strict=True) if real)
             if tokens not in prompts:
                 prompts[tokens] = len(roots)

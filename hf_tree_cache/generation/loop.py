@@ -97,7 +97,7 @@ def tree_generate(
 
 def _tree_cache(model: PreTrainedModel, model_kwargs: dict[str, Any]) -> TreeCache:
     """The TreeCache of the run; one is made where the caller passed none."""
-    given = model_kwargs.get("past_key_values")
+    given: Any = model_kwargs.get("past_key_values")
     if isinstance(given, EncoderDecoderCache) and given.get_seq_length() == 0:
         inner = given.self_attention_cache
         given = given if isinstance(inner, TreeCache) else None
@@ -111,7 +111,8 @@ def _tree_cache(model: PreTrainedModel, model_kwargs: dict[str, Any]) -> TreeCac
     inner = given.self_attention_cache if isinstance(given, EncoderDecoderCache) else given
     if not isinstance(inner, TreeCache):
         raise InvalidArgument(
-            f"tree_generate got a {type(given).__name__}; pass past_key_values=TreeCache(), or none."
+            f"tree_generate got a {type(given).__name__}: pass past_key_values=TreeCache(), or "
+            "nothing."
         )
     inner.configure(model.config)
     return inner
@@ -248,8 +249,8 @@ class _Run:
         if any(table[1]):
             raise NonFiniteScores(
                 f"Branch {batch.branches[table[1].index(1)]} has scores with NaN, +inf or nothing "
-                "but -inf. A processor masked every token, or the model overflowed (try bfloat16 or "
-                "float32)."
+                "but -inf. A processor masked every token, or the model overflowed (try bfloat16 "
+                "or float32)."
             )
         batch.append(ids, table[0], logprobs.tolist(), self.tree)
         self.stats.steps += 1

@@ -62,8 +62,8 @@ Action = Fork | Prune
 class BranchingProcessor(LogitsProcessor):
     """A processor that branches: override ``__call__``, call :meth:`fork` and :meth:`prune`.
 
-    Within ``tree_generate`` a call sees one row for each live branch. Actions are queued and applied
-    after all processors have run. State kept by branch id survives: the id of a row is
+    Within ``tree_generate`` a call sees one row for each live branch. Actions are queued, and
+    applied after all processors have run. State kept by branch id survives: the id of a row is
     ``self.batch.branches[row]``, :meth:`on_fork` and :meth:`on_prune` tell what became of it.
 
     Attributes:

@@ -69,6 +69,8 @@ class TreeCache(Cache):
         advise: say once how to make dense reads unnecessary.
     """
 
+    layers: list[Any]
+
     def __init__(
         self,
         config: PretrainedConfig | None = None,

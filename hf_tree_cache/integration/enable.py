@@ -44,7 +44,8 @@ def enable_tree_attention(
     Raises:
         InvalidArgument: not a transformers model, or one that is enabled already.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap: Any = getattr(model, "get_base_model", lambda: model)
+    base = unwrap()
     if not isinstance(base, PreTrainedModel):
         raise InvalidArgument(
             f"enable_tree_attention({type(model).__name__}): expected a transformers model."
@@ -52,7 +53,7 @@ def enable_tree_attention(
     if any(isinstance(hook, _Hooks) for hook in base._forward_pre_hooks.values()):
         raise InvalidArgument(
             f"enable_tree_attention: this {type(base).__name__} is enabled already. Keep the "
-            "handle of the first call and disable() it, or use `with enable_tree_attention(model):`."
+            "handle of the first call and disable() it, or write `with enable_tree_attention(...)`."
         )
     return EnabledTreeAttention(base, replace_default_cache)
 
@@ -138,7 +139,7 @@ class _Hooks:
     def __call__(
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        cache = kwargs.get("past_key_values")
+        cache: Any = kwargs.get("past_key_values")
         if (
             self._replace_default_cache
             and type(cache) is DynamicCache
@@ -252,52 +253,56 @@ class _Forward:
 
     def _collapse(self, num_rows: int) -> _Collapsed | None:
         """Keep the first of each set of equal rows, in the arguments and in the cache."""
-        ids = self.ids
-        if ids is None or num_rows < 2 or torch.is_grad_enabled():
-            return None
-        if self.kwargs.get("labels") is not None or self.kwargs.get("output_router_logits"):
-            return None
-        if len(self.args) > 1:
-            return None
-        batched = {
-            key: value
-            for key, value in self.kwargs.items()
-            if isinstance(value, torch.Tensor)
-            and value.ndim
-            and _batch_dim(key, value, num_rows) is not None
-        }
-        if any(value.is_floating_point() for value in batched.values()):
-            return None
         tree = self.cache.tree
-        if tree.rows and len(tree.rows) != num_rows:
+        batched = self._batched_arguments(num_rows)
+        if batched is None or (tree.rows and len(tree.rows) != num_rows):
             return None
-        parts = [ids, *batched.values()] if self.args else list(batched.values())
-        dims = [0, *(_batch_dim(k, v, num_rows) for k, v in batched.items())][-len(parts) :]
         contents = [
-            part.movedim(dim or 0, 0).reshape(num_rows, -1).cpu().numpy()
-            for part, dim in zip(parts, dims, strict=True)
+            value.movedim(dim, 0).reshape(num_rows, -1).cpu().numpy()
+            for value, dim in batched.values()
         ]
-        tips = [id(tip) for tip in tree.tips()] or [0] * num_rows
-        seen: dict[Any, int] = {}
+        pasts = [id(tip) for tip in tree.tips()] or [0] * num_rows
+        computed: dict[tuple[Any, ...], int] = {}
         first: list[int] = []
-        inverse = []
-        for row in range(num_rows):
-            key = (tips[row], *(content[row].tobytes() for content in contents))
-            if key not in seen:
-                seen[key] = len(first)
+        inverse: list[int] = []
+        for row, past in enumerate(pasts):
+            content = (past, *(rows[row].tobytes() for rows in contents))
+            if content not in computed:
+                computed[content] = len(first)
                 first.append(row)
-            inverse.append(seen[key])
+            inverse.append(computed[content])
         if len(first) == num_rows:
             return None
-        index = torch.tensor(first, device=ids.device)
-        if self.args:
-            self.args = (ids.index_select(0, index), *self.args[1:])
-        for key, value in batched.items():
-            dim = _batch_dim(key, value, num_rows)
-            self.kwargs[key] = value.index_select(dim or 0, index.to(value.device))
+        for name, (value, dim) in batched.items():
+            index = torch.tensor(first, device=value.device)
+            self._replace(name, value.index_select(dim, index))
         if tree.rows:
             self.cache.select(first)
         return _Collapsed(inverse, len(first))
+
+    def _batched_arguments(self, num_rows: int) -> dict[str, tuple[torch.Tensor, int]] | None:
+        """Arguments with a batch, and where they have it; None when rows must not be collapsed."""
+        if num_rows < 2 or self.ids is None or len(self.args) > 1 or torch.is_grad_enabled():
+            return None
+        if self.kwargs.get("labels") is not None or self.kwargs.get("output_router_logits"):
+            return None
+        batched = {"input_ids": (self.ids, 0)}
+        for name, value in self.kwargs.items():
+            if not isinstance(value, torch.Tensor):
+                continue
+            dim = _batch_dim(name, value, num_rows)
+            if dim is None:
+                continue
+            if value.is_floating_point():
+                return None
+            batched[name] = value, dim
+        return batched
+
+    def _replace(self, name: str, value: torch.Tensor) -> None:
+        if name == "input_ids" and self.args:
+            self.args = (value,)
+        else:
+            self.kwargs[name] = value
 
 
 def _batch_dim(name: str, value: torch.Tensor, num_rows: int) -> int | None:

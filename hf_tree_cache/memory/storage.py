@@ -292,5 +292,6 @@ class KVStorage:
             return slabs[slab].index_select(0, local)
         out = slabs[0].new_empty((index.size, *slabs[0].shape[1:]))
         for slab, local, where in index.parts:
+            assert where is not None
             out.index_copy_(0, where, slabs[slab].index_select(0, local))
         return out
