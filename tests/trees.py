@@ -187,7 +187,7 @@ def grow_randomly(
             shadow.select(rng.choices(range(4), k=4))
     elif shape == "a deep chain with held branches":
         shadow.add_rows(1)
-        for _ in range(rng.randint(3, scale)):
+        for _ in range(rng.randint(3, 3 + scale)):
             shadow.append([rng.randint(1, 4)])
             shadow.fork(shadow.rows[0])
         shadow.tree.set_rows(rng.sample(shadow.tree.branches, rng.randint(1, 3)))

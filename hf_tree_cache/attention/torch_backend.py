@@ -1,8 +1,10 @@
-"""Tree attention in plain torch: one matrix product for all rows under a run, merged by LSE."""
+"""Tree attention in plain torch: each run read once for all its rows, partials merged by LSE."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -26,26 +28,23 @@ def tree_attention_torch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`tree_attention_reference`, each run read once for all its rows.
 
-    Partial results are merged by their log-sum-exp (Rabe and Staats, 2021; FlashInfer's cascade).
-    Works in float32, or float64 for float64 inputs.
+    Partial results are merged by their log-sum-exp (Rabe and Staats, 2021; FlashInfer's cascade),
+    in float32, or in float64 for float64 inputs.
     """
-    num_rows, num_q_heads, num_new, head_dim = q.shape
-    num_kv_heads = storage.spec.num_kv_heads
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    grouped = (q.to(dtype) * scale).view(num_rows, num_kv_heads, -1, num_new, head_dim)
-    group = grouped.shape[2]
-    columns = max(1, MAX_SCORES // max(1, num_rows * num_q_heads * _longest_stretch(plan)))
+    num_rows, num_q_heads, num_new, _ = q.shape
+    per_column = num_rows * num_q_heads * _longest_stretch(plan)
+    step = max(1, MAX_SCORES // max(1, per_column))
     pieces = []
-    for first in range(0, num_new, columns):
-        piece = _Columns(plan, grouped[:, :, :, first : first + columns], first, window, softcap)
-        pieces.append(piece.attend(storage, layer))
-    out = torch.cat([piece[0] for piece in pieces], 3) if len(pieces) > 1 else pieces[0][0]
-    lse = torch.cat([piece[1] for piece in pieces], 3) if len(pieces) > 1 else pieces[0][1]
+    for first in range(0, num_new, step):
+        columns = q[:, :, first : first + step].unflatten(1, (storage.spec.num_kv_heads, -1))
+        pieces.append(_Columns(plan, columns, first, scale, window, softcap).attend(storage, layer))
+    out, lse = pieces[0]
+    if len(pieces) > 1:
+        out, lse = (torch.cat(parts, 3) for parts in zip(*pieces, strict=True))
     if sinks is not None:
-        sink = sinks.to(dtype).view(1, num_kv_heads, group, 1)
+        sink = sinks.to(lse.dtype).unflatten(0, lse.shape[1:3])[None, :, :, None]
         with_sink = torch.where(lse == -torch.inf, lse, torch.logaddexp(lse, sink))
-        out = out * _weight(lse, with_sink)[..., None]
-        lse = with_sink
+        out, lse = out * _weight(lse, with_sink), with_sink
     return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2).float()
 
 
@@ -55,17 +54,31 @@ def _longest_stretch(plan: TreeAttentionPlan) -> int:
 
 
 def _weight(lse: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    """``exp(lse - total)``, 0 where nothing was seen at all."""
-    return (lse - total.masked_fill(total == -torch.inf, 0)).exp()
+    """``exp(lse - total)[..., None]``, 0 where nothing was seen at all."""
+    return (lse - total.masked_fill(total == -torch.inf, 0)).exp().unsqueeze(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Hidden:
+    """What some queries must not see.
+
+    Attributes:
+        keys: bool, true on hidden keys, broadcast to ``[X, 1, M, L]``.
+        queries: bool ``[X, 1, M]``, true where all keys are hidden; None where that cannot be.
+    """
+
+    keys: torch.Tensor
+    queries: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Columns:
-    """Some query columns of a forward: ``q [B, Hkv, G, T, D]`` from column ``first`` on, scaled."""
+    """Some query columns of a forward: ``q [B, Hkv, G, T, D]``, from column ``first`` on."""
 
     plan: TreeAttentionPlan
     q: torch.Tensor
     first: int
+    scale: float
     window: Window | None
     softcap: float | None
 
@@ -74,20 +87,31 @@ class _Columns:
         out, lse = self._tails(storage, layer)
         for run in self.plan.runs:
             if self._sees(run):
-                self._merge(out, lse, run, *self._run(storage, layer, run))
+                part, part_lse = self._run(storage, layer, run)
+                rows = slice(None) if len(run.rows) == len(out) else list(run.rows)
+                total = torch.logaddexp(lse[rows], part_lse)
+                merged = out[rows] * _weight(lse[rows], total)
+                out[rows] = merged.add_(part * _weight(part_lse, total))
+                lse[rows] = total
+        padding = self._padding(storage)
+        if padding is not None:
+            out.masked_fill_(padding.unsqueeze(-1), 0)
+            lse.masked_fill_(padding, -torch.inf)
         return out, lse
 
-    def _positions(self, rows: tuple[int, ...]) -> tuple[list[int], int, int]:
-        """Position of the first column for each of ``rows``, and the lowest and highest of all."""
-        plan, last = self.plan, self.first + self.q.shape[3] - 1
-        starts = [plan.lengths[row] - plan.num_new + self.first for row in rows]
-        return starts, min(starts), max(starts) + last - self.first
-
-    def _sees(self, run: Run) -> bool:
-        if self.window is None:
-            return True
-        _, low, _ = self._positions(run.rows)
-        return run.start + len(run.blocks) * self.plan.block_size > self.window.first_visible(low)
+    def _tails(self, storage: KVStorage, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All tails, padded to the longest: ``[B, Hkv, G, T, Dv]`` and ``[B, Hkv, G, T]``."""
+        if not self.plan.max_tail:
+            shape, dtype = self.q.shape[:4], torch.promote_types(self.q.dtype, torch.float32)
+            lse = self.q.new_full(shape, -torch.inf, dtype=dtype)
+            return lse.new_zeros((*shape, storage.spec.v_head_dim)), lse
+        slots, hidden = self._remember(("tails", storage.spec.device), _read_tails, storage)
+        k, v = (
+            x.unflatten(0, (len(self.q), -1)).transpose(1, 2)
+            for x in storage.gather_slots(layer, slots)
+        )
+        out, lse = self._product(self.q.flatten(2, 3), k, v, hidden)
+        return out.unflatten(2, self.q.shape[2:4]), lse.unflatten(2, self.q.shape[2:4])
 
     def _run(self, storage: KVStorage, layer: int, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
         """Partial ``[R, Hkv, G, T, Dv]`` and ``[R, Hkv, G, T]`` of the R rows of ``run``."""
@@ -95,124 +119,130 @@ class _Columns:
         if index is None:
             index = SlabIndex.of(run.blocks, storage.slab_blocks, storage.spec.device)
             self.plan.scratch[run] = index
-        k, v = (x.flatten(0, 1).to(self.q.dtype) for x in storage.gather_blocks(layer, index))
-        q = self.q if len(run.rows) == self.plan.num_rows else self.q[list(run.rows)]
-        num_rows, num_kv_heads, group, num_new, head_dim = q.shape
-        queries = q.transpose(0, 1).reshape(num_kv_heads, -1, head_dim)
-        scores = queries @ k.permute(1, 2, 0)  # [Hkv, R * G * T, L]
-        if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
-        hidden = self._hidden(run, scores.device)
-        if hidden is not None:
-            view = scores.view(num_kv_heads, num_rows, group, num_new, -1)
-            view.masked_fill_(hidden[None, :, None], -torch.inf)
-        out, lse = _softmax_product(scores, v.transpose(0, 1))
-        shape = (num_kv_heads, num_rows, group, num_new)
-        return out.view(*shape, -1).transpose(0, 1), lse.view(shape).transpose(0, 1)
+        hidden = self._remember((run.rows, run.start, storage.spec.device), _read_run, storage, run)
+        k, v = (x.flatten(0, 1).transpose(0, 1)[None] for x in storage.gather_blocks(layer, index))
+        q = self.q if len(run.rows) == len(self.q) else self.q[list(run.rows)]
+        out, lse = self._product(q.transpose(0, 1).flatten(1, 3)[None], k, v, hidden)
+        shape = (len(run.rows), *self.q.shape[2:4])
+        out, lse = out[0].unflatten(1, shape), lse[0].unflatten(1, shape)
+        return out.transpose(0, 1), lse.transpose(0, 1)
 
-    def _hidden(self, run: Run, device: torch.device) -> torch.Tensor | None:
-        """``[R, T, L]`` bool, true where the window hides a token; None when it hides none."""
+    def _product(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: _Hidden | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``q [X, H, M, D]`` attends to ``k [X, H, L, D]``, ``v [X, H, L, Dv]``: out and LSE."""
+        if q.device.type == "cpu" and self.softcap is None and k.shape[3] == v.shape[3]:
+            out, lse = _fused_product(q, k, v, self.scale, hidden)
+        else:
+            out, lse = _plain_product(q, k, v, self.scale, self.softcap, hidden)
+        if hidden is not None and hidden.queries is not None:
+            lse = lse.masked_fill(hidden.queries, -torch.inf)
+        return out.to(lse.dtype), lse
+
+    def _sees(self, run: Run) -> bool:
         if self.window is None:
+            return True
+        end = run.start + len(run.blocks) * self.plan.block_size
+        lowest = min(self.plan.lengths[row] for row in run.rows) - self.plan.num_new + self.first
+        return end > self.window.first_visible(lowest)
+
+    def positions(self, rows: tuple[int, ...]) -> torch.Tensor:
+        """``[R, T]`` int64, position of each query of ``rows``; padding lies before its row."""
+        ends = torch.tensor([self.plan.lengths[row] for row in rows])[:, None]
+        return ends - self.plan.num_new + self.first + torch.arange(self.q.shape[3])
+
+    def _padding(self, storage: KVStorage) -> torch.Tensor | None:
+        """``[B, 1, 1, T]`` bool, true on columns before a row's new tokens; None where none is."""
+        if min(self.plan.counts) == self.plan.num_new:
             return None
-        starts, _, high = self._positions(run.rows)
-        if self.window.first_visible(high) <= run.start:
-            return None
-        key = (run.rows, run.start, self.first, self.window)
-        hidden = self.plan.scratch.get(key)
-        if hidden is None:
-            queries = torch.tensor(starts)[:, None] + torch.arange(self.q.shape[3])
-            keys = run.start + torch.arange(len(run.blocks) * self.plan.block_size)
-            hidden = (keys < self.window.first_visible(queries)[:, :, None]).to(device)
-            self.plan.scratch[key] = hidden
-        return hidden
+        return self._remember(("padding", storage.spec.device), _read_padding, storage)
 
-    @staticmethod
-    def _merge(
-        out: torch.Tensor, lse: torch.Tensor, run: Run, run_out: torch.Tensor, run_lse: torch.Tensor
-    ) -> None:
-        """Fold the partial of some rows into the whole, in place."""
-        all_rows = len(run.rows) == out.shape[0]
-        rows = slice(None) if all_rows else list(run.rows)
-        total = torch.logaddexp(lse[rows], run_lse)
-        merged = out[rows] * _weight(lse[rows], total)[..., None]
-        out[rows] = merged.add_(run_out * _weight(run_lse, total)[..., None])
-        lse[rows] = total
-
-    def _tails(self, storage: KVStorage, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """All tails, padded to the longest: ``[B, Hkv, G, T, Dv]`` and ``[B, Hkv, G, T]``."""
-        num_rows, num_kv_heads, group, num_new, head_dim = self.q.shape
-        tail = self._prepared_tails(storage)
-        k, v = (
-            x.view(num_rows, -1, *x.shape[2:]).permute(0, 2, 1, 3).to(self.q.dtype)
-            for x in storage.gather_blocks(layer, tail.blocks)
-        )
-        # A slot that nobody wrote may hold NaN, and 0 * NaN is NaN.
-        v = v.masked_fill(tail.unwritten, 0)
-        scores = self.q.reshape(num_rows, num_kv_heads, -1, head_dim) @ k.transpose(2, 3)
-        if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
-        view = scores.view(num_rows, num_kv_heads, group, num_new, -1)
-        view.masked_fill_(tail.hidden, -torch.inf)
-        out, lse = _softmax_product(scores, v)
-        shape = (num_rows, num_kv_heads, group, num_new)
-        return out.view(*shape, -1), lse.view(shape)
-
-    def _prepared_tails(self, storage: KVStorage) -> _Tails:
-        key = ("tails", self.first, self.window, storage.spec.device)
-        tail = self.plan.scratch.get(key)
-        if tail is None:
-            tail = self.plan.scratch[key] = _Tails.of(self, storage)
-        return tail
+    def _remember(self, key: tuple[Any, ...], make: Callable[..., Any], *arguments: Any) -> Any:
+        """What ``make`` gives, once for all layers of this window and group size."""
+        key = (*key, self.first, self.window, self.q.shape[2])
+        if key not in self.plan.scratch:
+            self.plan.scratch[key] = make(self, *arguments)
+        return self.plan.scratch[key]
 
 
-@dataclass(frozen=True, slots=True)
-class _Tails:
-    """The padded tails of a forward.
-
-    Attributes:
-        blocks: B * n blocks; short tails repeat a block that is masked out.
-        unwritten: ``[B, 1, n * block_size, 1]`` bool, slots behind the row's last token.
-        hidden: ``[B, 1, 1, T, n * block_size]`` bool, what a query must not see.
-    """
-
-    blocks: SlabIndex
-    unwritten: torch.Tensor
-    hidden: torch.Tensor
-
-    @classmethod
-    def of(cls, columns: _Columns, storage: KVStorage) -> _Tails:
-        plan = columns.plan
-        width = -(-max(plan.max_tail, 1) // plan.block_size)
-        anything = next((blocks[0] for blocks in plan.tail_blocks if blocks), 0)
-        padded = [
-            block
-            for blocks in plan.tail_blocks
-            for block in (*blocks, *[anything] * (width - len(blocks)))
-        ]
-        lengths = torch.tensor(plan.lengths)[:, None]
-        keys = torch.tensor(plan.tail_starts)[:, None] + torch.arange(width * plan.block_size)
-        unwritten = keys >= lengths
-        column = torch.arange(columns.first, columns.first + columns.q.shape[3])
-        queries = lengths - plan.num_new + column
-        hidden = keys[:, None, :] > queries[:, :, None]
-        if columns.window is not None:
-            hidden |= keys[:, None, :] < columns.window.first_visible(queries)[:, :, None]
-        new = plan.num_new - torch.tensor(plan.counts)[:, None]
-        hidden |= (column < new)[:, :, None]
-        device = storage.spec.device
-        return cls(
-            SlabIndex.of(padded, storage.slab_blocks, device),
-            unwritten[:, None, :, None].to(device),
-            hidden[:, None, None].to(device),
-        )
+def _read_tails(columns: _Columns, storage: KVStorage) -> tuple[SlabIndex, _Hidden | None]:
+    """Slots of the padded tails, B * L of them, and what their queries must not see."""
+    plan, size, device = columns.plan, columns.plan.block_size, storage.spec.device
+    width = plan.max_tail
+    # Short tails repeat a written slot: an unwritten one may hold NaN, and 0 * NaN is NaN.
+    written = next(blocks[0] * size for blocks in plan.tail_blocks if blocks)
+    slots = []
+    for start, length, blocks in zip(plan.tail_starts, plan.lengths, plan.tail_blocks, strict=True):
+        own = [block * size + i for block in blocks for i in range(size)][: length - start]
+        slots += own + [written] * (width - len(own))
+    keys = torch.tensor(plan.tail_starts)[:, None] + torch.arange(width)
+    queries = columns.positions(tuple(range(plan.num_rows)))
+    hidden = keys[:, None, :] > queries[:, :, None]
+    if columns.window is not None:
+        hidden |= keys[:, None, :] < columns.window.first_visible(queries)[:, :, None]
+    index = SlabIndex.of(slots, storage.slab_blocks * size, device)
+    if not bool(hidden.any()):
+        return index, None
+    # A query sees itself, so only padding sees nothing, and that is blanked in the end.
+    return index, _Hidden(_for_groups(hidden, columns.q.shape[2]).to(device), None)
 
 
-def _softmax_product(scores: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``softmax(scores) @ v`` and the log-sum-exp of the scores; 0 and -inf for a row of -inf."""
+def _read_run(columns: _Columns, storage: KVStorage, run: Run) -> _Hidden | None:
+    """What the window hides of ``run``; None when nothing."""
+    if columns.window is None:
+        return None
+    queries = columns.positions(run.rows)
+    keys = run.start + torch.arange(len(run.blocks) * columns.plan.block_size)
+    hidden = keys < columns.window.first_visible(queries)[:, :, None]
+    if not bool(hidden.any()):
+        return None
+    grouped = _for_groups(hidden, columns.q.shape[2]).to(storage.spec.device)
+    stacked = grouped.transpose(0, 1).flatten(1, 2)[None]
+    return _Hidden(stacked, stacked.all(-1))
+
+
+def _read_padding(columns: _Columns, storage: KVStorage) -> torch.Tensor:
+    new = columns.plan.num_new - torch.tensor(columns.plan.counts)[:, None]
+    column = columns.first + torch.arange(columns.q.shape[3])
+    return (column < new)[:, None, None].to(storage.spec.device)
+
+
+def _for_groups(hidden: torch.Tensor, group: int) -> torch.Tensor:
+    """``[B, T, L]`` as ``[B, 1, G * T, L]``."""
+    return hidden[:, None].expand(-1, group, -1, -1).flatten(1, 2)[:, None]
+
+
+def _fused_product(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, hidden: _Hidden | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The CPU flash attention behind scaled_dot_product_attention, which knows the LSE."""
+    bias = None
+    if hidden is not None:
+        bias = torch.zeros(hidden.keys.shape, dtype=q.dtype).masked_fill_(hidden.keys, -torch.inf)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, False, attn_mask=bias, scale=scale
+    )
+
+
+def _plain_product(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    hidden: _Hidden | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two matrix products and a softmax, in float32 or float64."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scores = (q.to(dtype) * scale) @ k.to(dtype).transpose(2, 3)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if hidden is not None:
+        scores = scores.masked_fill_(hidden.keys, -torch.inf)
     peak = scores.amax(-1, keepdim=True)
     pivot = peak.masked_fill(peak == -torch.inf, 0)
     weights = scores.sub_(pivot).exp_()
     total = weights.sum(-1, keepdim=True)
-    out = weights @ v
-    out /= total.clamp_min(torch.finfo(total.dtype).tiny)
+    out = weights @ v.to(dtype)
+    out /= total.clamp_min(torch.finfo(dtype).tiny)
     return out, (total.log() + pivot).squeeze(-1)

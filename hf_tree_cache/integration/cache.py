@@ -519,13 +519,12 @@ class TreeCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns seen by a layer: during a forward the written layers are ahead of the others."""
-        layers = self.layers
-        if layer_idx < len(layers) and isinstance(layers[layer_idx], PagedLayer):
-            return self.columns_of(layers[layer_idx])
-        first = next((layer for layer in layers if isinstance(layer, PagedLayer)), None)
-        if first is not None:
-            return self.columns_of(first)
-        return super().get_seq_length(layer_idx) if layers else 0
+        if layer_idx >= len(self.layers):
+            return 0
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, PagedLayer):
+            layer = next(layer for layer in self.layers if isinstance(layer, PagedLayer))
+        return self.columns_of(layer)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """(kv length, kv offset): all columns, also for layers with a window."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -288,14 +289,16 @@ class _Forward:
             return None
         batched = {"input_ids": (self.ids, 0)}
         for name, value in self.kwargs.items():
+            if isinstance(value, (Mapping, list, tuple)) and value:
+                return None
             if not isinstance(value, torch.Tensor):
                 continue
-            dim = _batch_dim(name, value, num_rows)
-            if dim is None:
-                continue
+            # Pictures and the like: which row they belong to, only the model knows.
             if value.is_floating_point():
                 return None
-            batched[name] = value, dim
+            dim = _batch_dim(name, value, num_rows)
+            if dim is not None:
+                batched[name] = value, dim
         return batched
 
     def _replace(self, name: str, value: torch.Tensor) -> None:

@@ -119,6 +119,8 @@ class KVStorage:
         self._attached = 0
         self._k_slabs: list[torch.Tensor] = []  # [num_layers, slab_blocks * block_size, Hkv, Dk]
         self._v_slabs: list[torch.Tensor] = []
+        self._k_blocks: list[torch.Tensor] = []  # [num_layers, slab_blocks, block_size, Hkv, Dk]
+        self._v_blocks: list[torch.Tensor] = []
 
     @property
     def num_blocks(self) -> int:
@@ -162,6 +164,8 @@ class KVStorage:
                 keys, values = self._new_slab()
                 self._k_slabs.append(keys)
                 self._v_slabs.append(values)
+                self._k_blocks.append(keys.unflatten(1, (self.slab_blocks, self.block_size)))
+                self._v_blocks.append(values.unflatten(1, (self.slab_blocks, self.block_size)))
 
     def __deepcopy__(self, memo: dict[int, object]) -> KVStorage:
         twin = KVStorage(
@@ -209,16 +213,16 @@ class KVStorage:
             )
         for (from_slab, to_slab), pairs in groups.items():
             index = torch.tensor(pairs, dtype=torch.int64, device=self.spec.device)
-            for slabs in (self._k_slabs, self._v_slabs):
-                taken = self._blocks(slabs[from_slab]).index_select(1, index[:, 0])
-                self._blocks(slabs[to_slab]).index_copy_(1, index[:, 1], taken)
+            for slabs in (self._k_blocks, self._v_blocks):
+                taken = slabs[from_slab].index_select(1, index[:, 0])
+                slabs[to_slab].index_copy_(1, index[:, 1], taken)
 
     def poison(self, blocks: Sequence[int]) -> None:
         """Fill ``blocks`` with NaN in all layers."""
         for slab, local, _ in SlabIndex.of(blocks, self.slab_blocks, self.spec.device).parts:
-            for slabs in (self._k_slabs, self._v_slabs):
+            for slabs in (self._k_blocks, self._v_blocks):
                 if slab < len(slabs):
-                    self._blocks(slabs[slab]).index_fill_(1, local, float("nan"))
+                    slabs[slab].index_fill_(1, local, float("nan"))
 
     def gather_blocks(self, layer: int, blocks: SlabIndex) -> tuple[torch.Tensor, torch.Tensor]:
         """K ``[n, block_size, Hkv, Dk]`` and V ``[n, block_size, Hkv, Dv]`` of n blocks.
@@ -226,19 +230,13 @@ class KVStorage:
         A view where the blocks follow each other in one slab, else a copy. Slots that were never
         written hold anything, NaN included.
         """
-        keys, values = (
-            self._gather([self._blocks(slab[layer : layer + 1])[0] for slab in slabs], blocks)
-            for slabs in (self._k_slabs, self._v_slabs)
+        return self._gather(self._k_blocks, layer, blocks), self._gather(
+            self._v_blocks, layer, blocks
         )
-        return keys, values
 
     def gather_slots(self, layer: int, slots: SlabIndex) -> tuple[torch.Tensor, torch.Tensor]:
         """K ``[n, Hkv, Dk]`` and V ``[n, Hkv, Dv]`` of n slots."""
-        keys, values = (
-            self._gather([slab[layer] for slab in slabs], slots)
-            for slabs in (self._k_slabs, self._v_slabs)
-        )
-        return keys, values
+        return self._gather(self._k_slabs, layer, slots), self._gather(self._v_slabs, layer, slots)
 
     def block_numbers(self) -> tuple[torch.Tensor, torch.Tensor]:
         """For every block, its distance from the layer's block 0 in units of one K (one V) block.
@@ -278,20 +276,16 @@ class KVStorage:
 
         return plane(0, spec.k_head_dim), plane(slots * k_row, spec.v_head_dim)
 
-    def _blocks(self, slab: torch.Tensor) -> torch.Tensor:
-        """``[layers, slots, H, D]`` seen as ``[layers, blocks, block_size, H, D]``."""
-        return slab.unflatten(1, (self.slab_blocks, self.block_size))
-
     @staticmethod
-    def _gather(slabs: list[torch.Tensor], index: SlabIndex) -> torch.Tensor:
+    def _gather(slabs: list[torch.Tensor], layer: int, index: SlabIndex) -> torch.Tensor:
         if index.run is not None:
             slab, first = index.run
-            return slabs[slab][first : first + index.size]
+            return slabs[slab][layer, first : first + index.size]
         if len(index.parts) == 1:
             slab, local, _ = index.parts[0]
-            return slabs[slab].index_select(0, local)
-        out = slabs[0].new_empty((index.size, *slabs[0].shape[1:]))
+            return slabs[slab][layer].index_select(0, local)
+        out = slabs[0].new_empty((index.size, *slabs[0].shape[2:]))
         for slab, local, where in index.parts:
             assert where is not None
-            out.index_copy_(0, where, slabs[slab].index_select(0, local))
+            out.index_copy_(0, where, slabs[slab][layer].index_select(0, local))
         return out
