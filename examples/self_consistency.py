@@ -47,7 +47,7 @@ SHOTS = [
     ("Ann had 15 apples and gave 7 to Ben. How many are left?", "15 - 7 = 8. Answer: 8"),
 ]
 QUESTIONS = [
-    ("A box holds 6 eggs. How many eggs are in 7 boxes?", 42),
+    ("A book costs 12 dollars. How much do 3 books cost?", 36),
     ("What is 38 + 47?", 85),
     ("Sam had 20 marbles and lost 8. How many are left?", 12),
     ("What is 64 - 29?", 35),
@@ -114,7 +114,8 @@ def ask(tokenizer: Any, question: str, shots: Sequence[tuple[str, str]] = SHOTS)
 
 
 def parse_answer(text: str) -> int | None:
-    found = re.search(r"Answer:\s*\$?(-?\d[\d,]*)", text)
+    """The whole number behind "Answer:", None where there is none."""
+    found = re.search(r"Answer:\s*\$?(-?\d[\d,]*)(?!\.?\d)", text)
     return int(found[1].replace(",", "")) if found else None
 
 
@@ -125,13 +126,13 @@ def votes_of(tokenizer: Any, generated: torch.Tensor) -> Counter[int | None]:
 
 def describe(votes: Counter[int | None], right: int) -> str:
     ranked = [(answer, n) for answer, n in votes.most_common() if answer is not None]
-    shown = [f"{answer} ×{n}" for answer, n in ranked[:5]]
-    others = sum(votes.values()) - sum(n for _, n in ranked[:5])
+    shown = [f"{answer} ×{n}" for answer, n in ranked[:4]]
+    others = sum(votes.values()) - sum(n for _, n in ranked[:4])
     if others:
         shown.append(f"others ×{others}")
     elected = ranked[0][0] if ranked else None
     verdict = "right" if elected == right else f"wrong, it is {right}"
-    return f"vote: {'  '.join(shown)}  →  {elected} ({verdict})"
+    return f"{' '.join(shown)} → {elected}, {verdict}"
 
 
 @contextmanager
@@ -192,18 +193,16 @@ def show_comparison(found: Comparison, say: Any) -> None:
     for name, run in rows:
         size = f"{run.kv_bytes / 1e6:.1f} MB"
         say(f"   {name:14}{run.computed:>24,}{size:>14}{run.seconds:>10.1f}")
-    count, same = len(found.tree.sequences), "NOT the same samples"
-    if found.same:
-        same = f"same {count} samples, token for token"
-    say(f"   {same}; {describe(found.votes, found.right)}")
+    equal = "the same samples, token for token" if found.same else "DIFFERENT samples"
+    say(f"   {equal}; {describe(found.votes, found.right)}")
 
 
 def branch(model: Any, tokenizer: Any, question: str, branches: int, new_tokens: int) -> Any:
     """Fork at the first token and wherever the model hesitates; give up what is unlikely."""
     policy = [
-        ForkAtFirstToken(3),
-        ForkOnEntropy(threshold=1.5, children=2, min_gap=4),
-        PruneBelow(logprob=-0.9, after=8),
+        ForkAtFirstToken(4),
+        ForkOnEntropy(threshold=1.5, children=2, min_gap=6),
+        PruneBelow(logprob=-0.7, after=8),
     ]
     torch.manual_seed(0)
     with enable_tree_attention(model):
@@ -212,7 +211,7 @@ def branch(model: Any, tokenizer: Any, question: str, branches: int, new_tokens:
             past_key_values=TreeCache(),
             custom_generate=tree_generate,
             branching=policy,
-            max_branches=max(3, branches),
+            max_branches=max(4, branches),
             tree_tokenizer=tokenizer,
             progress=False,
             do_sample=True,

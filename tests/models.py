@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,9 +63,7 @@ OUTSIDE = frozenset({"read outside of tree attention"})
 
 TINY: dict[str, Tiny] = {
     "llama": Tiny("LlamaConfig", "LlamaForCausalLM", GROUPED),
-    "qwen2": Tiny(
-        "Qwen2Config", "Qwen2ForCausalLM", _without(THREES, "head_dim", hidden_size=48)
-    ),
+    "qwen2": Tiny("Qwen2Config", "Qwen2ForCausalLM", _without(THREES, "head_dim", hidden_size=48)),
     "qwen3": Tiny("Qwen3Config", "Qwen3ForCausalLM", SINGLES),
     "mistral": Tiny("MistralConfig", "MistralForCausalLM", {**THREES, "sliding_window": 11}),
     "gemma2": Tiny(
@@ -121,9 +120,7 @@ TINY: dict[str, Tiny] = {
         "GPTNeoXForCausalLM",
         _without(SINGLES, "head_dim", "num_key_value_heads", hidden_size=48),
     ),
-    "olmo2": Tiny(
-        "Olmo2Config", "Olmo2ForCausalLM", _without(GROUPED, "head_dim", hidden_size=48)
-    ),
+    "olmo2": Tiny("Olmo2Config", "Olmo2ForCausalLM", _without(GROUPED, "head_dim", hidden_size=48)),
     "cohere2": Tiny(
         "Cohere2Config",
         "Cohere2ForCausalLM",
@@ -311,6 +308,9 @@ TINY: dict[str, Tiny] = {
     ),
 }
 
+COLUMNS = 45
+"""Of a prompt: longer than every window, and long enough that three rows read it as one run."""
+
 ENCODER_DECODERS = ("bart", "t5")
 DECODERS = tuple(name for name in TINY if name not in (*ENCODER_DECODERS, "llava"))
 
@@ -333,6 +333,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> PreT
             for key, weight in module.named_parameters(recurse=False):
                 _spread(module, key, weight.data)
     model.generation_config.pad_token_id = PAD
+    model.generation_config.eos_token_id = None
     if dtype == torch.float64 and model._can_set_experts_implementation():
         model.set_experts_implementation("eager")  # the others have no float64 kernel
     return model.to(dtype).eval()
@@ -351,3 +352,47 @@ def _spread(module: nn.Module, key: str, weight: torch.Tensor) -> None:
 def model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """As :func:`build`, shared by the session: leave it as you found it."""
     return build(name, dtype)
+
+
+def prompts(
+    name: str = "llama", dtype: torch.dtype = torch.float32, num_rows: int = 2
+) -> dict[str, torch.Tensor]:
+    """Up to three of 45, 38 and 29 tokens, padded on the left (an encoder's on the right)."""
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(3, 90, (num_rows, COLUMNS), generator=generator)
+    mask = torch.ones_like(ids)
+    for row, pads in enumerate((0, 7, 16)[:num_rows]):
+        hidden = slice(COLUMNS - pads, None) if name in ENCODER_DECODERS else slice(pads)
+        ids[row, hidden], mask[row, hidden] = PAD, 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if name == "llava":
+        ids[:, 20:24] = IMAGE
+        inputs["pixel_values"] = torch.randn(num_rows, 3, 12, 12, generator=generator).to(dtype)
+    return inputs
+
+
+def generate(model: PreTrainedModel, inputs: dict[str, Any], **options: Any) -> Any:
+    """Nine tokens with logits and scores, from a fixed seed; no eos unless given."""
+    torch.manual_seed(5)
+    options = {"max_new_tokens": 9, "output_logits": True, "output_scores": True, **options}
+    return model.generate(**inputs, return_dict_in_generate=True, **options)
+
+
+def assert_same(ours: Any, theirs: Any, tolerance: float = 1e-4) -> None:
+    """Outputs of two :func:`generate` have equal tokens and beams, and logits within tolerance."""
+    assert ours.sequences.tolist() == theirs.sequences.tolist()
+    ours_logits, theirs_logits = torch.stack(ours.logits), torch.stack(theirs.logits)
+    torch.testing.assert_close(ours_logits, theirs_logits, rtol=0, atol=tolerance)
+    scores = getattr(theirs, "sequences_scores", None)
+    if scores is not None:
+        torch.testing.assert_close(ours.sequences_scores, scores, rtol=0, atol=tolerance)
+        assert ours.beam_indices.tolist() == theirs.beam_indices.tolist()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models as small as these run five times faster on one thread when the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -90,9 +90,7 @@ class CacheAgainstLists(RuleBasedStateMachine):
     def make(self, block_size: int, seed: int) -> None:
         self.cache = TreeCache(block_size=block_size, poison=True)
         self.random = torch.Generator().manual_seed(seed)
-        self.banks = [
-            [torch.zeros(0, heads, dim) for dim in dims] for heads, *dims in LAYERS
-        ]
+        self.banks = [[torch.zeros(0, heads, dim) for dim in dims] for heads, *dims in LAYERS]
 
     # The naive model
 
@@ -396,10 +394,14 @@ def same(one: tuple[object, ...], other: tuple[object, ...]) -> bool:
     *rest, dense = one
     *other_rest, other_dense = other
     assert isinstance(dense, list) and isinstance(other_dense, list)
-    return rest == other_rest and len(dense) == len(other_dense) and all(
-        torch.equal(mine, yours)
-        for pair, other_pair in zip(dense, other_dense, strict=True)
-        for mine, yours in zip(pair, other_pair, strict=True)
+    return (
+        rest == other_rest
+        and len(dense) == len(other_dense)
+        and all(
+            torch.equal(mine, yours)
+            for pair, other_pair in zip(dense, other_dense, strict=True)
+            for mine, yours in zip(pair, other_pair, strict=True)
+        )
     )
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 
 import pytest
@@ -124,9 +125,7 @@ def test_random_use_across_slabs_against_a_dict(spec: KVSpec, block_size: int) -
         got = storage.gather_blocks(1, block_index(storage, blocks))
         for have, want in zip(got, naive.gather(1, slots), strict=True):
             assert have.shape[:2] == (len(blocks), block_size)
-            torch.testing.assert_close(
-                have.flatten(0, 1), want, rtol=0, atol=0, equal_nan=True
-            )
+            torch.testing.assert_close(have.flatten(0, 1), want, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
@@ -200,7 +199,7 @@ def test_planes_of_a_slab_never_overlap(spec: KVSpec) -> None:
             assert layer.is_contiguous()
             spans.append((layer.data_ptr(), layer.data_ptr() + layer.nbytes))
     spans.sort()
-    for (_, end), (start, _) in zip(spans, spans[1:], strict=False):
+    for (_, end), (start, _) in itertools.pairwise(spans):
         assert end <= start
 
 

@@ -60,11 +60,12 @@ class TreeAttentionPlan:
     """One forward's work list, in token positions of each row (padding has no position).
 
     Every token of a row is in exactly one of its runs or in its tail; the new tokens are in the
-    tail. A prompt of 36 tokens, forked in two that have 3 and 1 more, with ``block_size`` 16::
+    tail. A prompt of 36 tokens, forked in three that have 3, 1 and 2 more, with ``block_size`` 16::
 
-        runs    rows (0, 1)  start 0   blocks (0, 1)             positions  0..31, read once
-        tails   row 0        start 32  blocks (2,)  length 39    positions 32..38
-                row 1        start 32  blocks (3,)  length 37    positions 32..36
+        runs    rows (0, 1, 2)  start 0   blocks (0, 1)             positions  0..31, read once
+        tails   row 0           start 32  blocks (3,)  length 39    positions 32..38, copied on write
+                row 1           start 32  blocks (4,)  length 37    positions 32..36, copied on write
+                row 2           start 32  blocks (2,)  length 38    positions 32..37, the last owner
 
     Attributes:
         block_size: token slots of a block.
@@ -123,7 +124,7 @@ def build_plan(
         and previous.max_tail < 2 * RUN_TOKENS
     ):
         runs, starts, scratch = previous.runs, previous.tail_starts, previous.scratch
-        scratch = {key: value for key, value in scratch.items() if isinstance(key, Run)}
+        scratch = {key: value for key, value in scratch.items() if isinstance(key[0], Run)}
     else:
         runs, starts = _find_runs(tree, counts)
         scratch = {}

@@ -115,10 +115,11 @@ class _Columns:
 
     def _run(self, storage: KVStorage, layer: int, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
         """Partial ``[R, Hkv, G, T, Dv]`` and ``[R, Hkv, G, T]`` of the R rows of ``run``."""
-        index = self.plan.scratch.get(run)
+        device = storage.spec.device
+        index = self.plan.scratch.get((run, device))
         if index is None:
-            index = SlabIndex.of(run.blocks, storage.slab_blocks, storage.spec.device)
-            self.plan.scratch[run] = index
+            index = SlabIndex.of(run.blocks, storage.slab_blocks, device)
+            self.plan.scratch[run, device] = index
         hidden = self._remember((run.rows, run.start, storage.spec.device), _read_run, storage, run)
         k, v = (x.flatten(0, 1).transpose(0, 1)[None] for x in storage.gather_blocks(layer, index))
         q = self.q if len(run.rows) == len(self.q) else self.q[list(run.rows)]
@@ -158,8 +159,11 @@ class _Columns:
         return self._remember(("padding", storage.spec.device), _read_padding, storage)
 
     def _remember(self, key: tuple[Any, ...], make: Callable[..., Any], *arguments: Any) -> Any:
-        """What ``make`` gives, once for all layers of this window and group size."""
-        key = (*key, self.first, self.window, self.q.shape[2])
+        """What ``make`` gives, once for all layers of this window and group size.
+
+        Layers with other heads may cut the same forward into wider or narrower columns.
+        """
+        key = (*key, self.first, self.window, self.q.shape[2:4])
         if key not in self.plan.scratch:
             self.plan.scratch[key] = make(self, *arguments)
         return self.plan.scratch[key]

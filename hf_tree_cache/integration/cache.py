@@ -297,8 +297,8 @@ class TreeCache(Cache):
         self._end_step()
         self._plan = None
         self._unfork(step.forked_from)
-        self.tree.allocator.trim()
         self._poison_freed()
+        self.tree.allocator.trim()
 
     def _fit_rows(self, num_rows: int) -> int | None:
         """Make the batch fit; the number of rows before, if it had to change."""
@@ -609,7 +609,8 @@ class TreeCache(Cache):
         if layer.storage is None:
             return None
         view = DenseView(self._block_tables(), self.tree.row_lengths(), self.columns_of(layer))
-        return gather_dense(view, layer.storage, layer.position)[which]
+        # Where the blocks of a row follow each other, what was gathered is a view of them.
+        return gather_dense(view, layer.storage, layer.position)[which].clone()
 
     def check_integrity(self) -> None:
         """Verify every invariant of cache, tree and allocator.

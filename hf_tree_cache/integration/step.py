@@ -38,13 +38,14 @@ class DenseView:
         device = storage.spec.device
         if device not in self._indices:
             size = storage.block_size
-            width = max(1, *(len(table) for table in self.tables))
+            width = max((len(table) for table in self.tables), default=0) or 1
             padded = [table + [0] * (width - len(table)) for table in self.tables]
-            pads = self.columns - torch.tensor(self.lengths)
+            pads = self.columns - torch.tensor(self.lengths, dtype=torch.int64)
             positions = torch.arange(self.columns) - pads[:, None]
             padding = positions < 0
             positions = positions.clamp_min(0)
-            blocks = torch.tensor(padded).gather(1, positions // size)
+            tables = torch.tensor(padded, dtype=torch.int64).view(-1, width)
+            blocks = tables.gather(1, positions // size)
             slots = (blocks * size + positions % size).flatten()
             index = SlabIndex.of(slots, storage.slab_blocks * size, device)
             self._indices[device] = index, padding.to(device) if bool(padding.any()) else None

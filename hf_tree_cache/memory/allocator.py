@@ -49,7 +49,7 @@ class PhysicalKVAllocator:
     @property
     def num_free(self) -> int | None:
         """Blocks that could still be allocated; None when there is no bound."""
-        return None if self.max_blocks is None else self.max_blocks - self.num_used
+        return None if self.max_blocks is None else max(0, self.max_blocks - self.num_used)
 
     def ref_count(self, block: int) -> int:
         return self._ref_counts[block]
@@ -62,12 +62,12 @@ class PhysicalKVAllocator:
         """
         if count < 0:
             raise InvalidArgument(f"allocate({count}): the count cannot be negative.")
-        fresh = count - len(self._free)
-        if fresh > 0 and self.max_blocks is not None and self.num_blocks + fresh > self.max_blocks:
-            free = self.max_blocks - self.num_used
+        free = self.num_free
+        if free is not None and count > free:
             raise OutOfBlocks(
                 f"allocate({count}) found {free} of {self.max_blocks} blocks free.", count, free
             )
+        fresh = count - len(self._free)
         blocks = [heapq.heappop(self._free) for _ in range(min(count, len(self._free)))]
         for block in blocks:
             self._ref_counts[block] = 1

@@ -250,6 +250,7 @@ class KVStorage:
         for slabs in (self._k_slabs, self._v_slabs):
             unit = slabs[0].stride(1) * self.block_size * self.spec.dtype.itemsize
             steps = [(slab.data_ptr() - slabs[0].data_ptr()) // unit for slab in slabs]
+            assert max(map(abs, steps)) < 1 << 30, "slabs lie too far apart for int32 numbers"
             numbers.append(torch.cat([inside + step for step in steps]).to(torch.int32))
         return numbers[0].to(self.spec.device), numbers[1].to(self.spec.device)
 

@@ -161,6 +161,8 @@ class BranchTree:
                 f"fork(branch {branch}, at={at}): the branch has {tip.end} tokens; "
                 f"give a position from {-tip.end} to {tip.end}."
             )
+        if not count:
+            return []
         node = self._node_ending_at(tip, position)
         self.num_forks += count
         self.topology_version += 1

@@ -1,0 +1,388 @@
+"""tree_generate on tiny models: every branch equals an independent run of its tokens."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from models import TINY, build
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from hf_tree_cache import (
+    BranchingProcessor,
+    ForkAtFirstToken,
+    ForkAtPositions,
+    ForkOnEntropy,
+    GenerationTree,
+    InvalidArgument,
+    NonFiniteScores,
+    OutOfBlocks,
+    PruneBelow,
+    PruneByRank,
+    TreeCache,
+    enable_tree_attention,
+    tree_generate,
+)
+
+PROMPTS = torch.tensor([[0, 0, 0, 11, 12, 13, 14, 15, 16], [21, 22, 23, 24, 25, 26, 27, 28, 29]])
+MASK = (PROMPTS != 0).long()
+SETTINGS = {"attention_mask": MASK, "pad_token_id": 0, "custom_generate": tree_generate}
+
+
+class Record(BranchingProcessor):
+    """Keeps the model's logits of every branch, and what it was told."""
+
+    def __init__(self):
+        self.logits: dict[int, list[torch.Tensor]] = {}
+        self.gone: list[int] = []
+
+    def __call__(self, input_ids, scores):
+        for row, branch in enumerate(self.batch.branches):
+            self.logits.setdefault(branch, []).append(scores[row].clone())
+        return scores
+
+    def on_fork(self, parent, children):
+        for child in children:
+            self.logits[child] = list(self.logits[parent])
+
+    def on_prune(self, branch):
+        self.gone.append(branch)
+
+
+class ForkAndPruneAtRandom(BranchingProcessor):
+    def __init__(self, seed: int):
+        self.random = torch.Generator().manual_seed(seed)
+
+    def __call__(self, input_ids, scores):
+        for row, chance in enumerate(torch.rand(len(scores), generator=self.random).tolist()):
+            if chance < 0.25:
+                self.fork(row, 1 + int(chance < 0.08), distinct=chance < 0.15)
+            elif chance > 0.9 and len(scores) > 2:
+                self.prune(row)
+        return scores
+
+
+def dense_logits(model, prompt: int, generated: list[int], stepwise: bool = False) -> torch.Tensor:
+    """Logits before each generated token of a branch that runs alone, padded as it was.
+
+    In one forward, or stepwise: linear attention rounds differently by chunk and by step.
+    """
+    ids = torch.cat([PROMPTS[prompt], torch.tensor(generated)])[None]
+    mask = torch.cat([MASK[prompt], torch.ones(len(generated), dtype=torch.int64)])[None]
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    first = PROMPTS.shape[1]
+    if not stepwise:
+        out = model(ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        return out.logits[0, first - 1 : -1].float()
+    cache, logits = DynamicCache(config=model.config), []
+    for end in range(first, ids.shape[1]):
+        start = 0 if end == first else end - 1
+        out = model(
+            ids[:, start:end],
+            attention_mask=mask[:, :end],
+            position_ids=positions[:, start:end],
+            past_key_values=cache,
+        )
+        logits.append(out.logits[0, -1].float())
+    return torch.stack(logits)
+
+
+def check_law(model, out, record: Record, stepwise: bool) -> None:
+    tolerance = 1e-4
+    assert len(out) > 1
+    for leaf, branch, prompt in zip(out.leaves, out.branches, out.prompts, strict=True):
+        generated = out.tree.tokens(leaf, include_prompt=False)
+        expected = dense_logits(model, prompt, generated, stepwise)
+        got = torch.stack(record.logits[branch])
+        assert (got - expected).abs().max() < tolerance
+        chosen = torch.tensor(generated)[:, None]
+        logprobs = expected.log_softmax(-1).gather(1, chosen).squeeze(1)
+        assert (logprobs - torch.tensor(out.tree.logprobs(leaf))).abs().max() < tolerance
+        assert prompt == out.tree.nodes[leaf].prompt
+
+
+@pytest.mark.parametrize("enabled", [True, False], ids=["tree attention", "stock attention"])
+@pytest.mark.parametrize("do_sample", [True, False], ids=["sampled", "greedy"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma2", "mistral", "gpt_oss", "llama4", "qwen3_next", "falcon_h1", "gpt2"]
+)
+@pytest.mark.core
+def test_every_branch_equals_an_independent_run(name, do_sample, enabled):
+    model = build(name)
+    record = Record()
+    handle = enable_tree_attention(model) if enabled else None
+    cache = TreeCache(block_size=4, poison=True)
+    torch.manual_seed(5)
+    out = model.generate(
+        PROMPTS,
+        past_key_values=cache,
+        branching=[record, ForkAtFirstToken(2), ForkAndPruneAtRandom(3)],
+        max_branches=14,
+        do_sample=do_sample,
+        max_new_tokens=19,
+        **SETTINGS,
+    )
+    if handle is not None:
+        handle.disable()
+    cache.check_integrity()
+    out.tree.check_integrity()
+    assert out.stats.forks > 4 and out.stats.prunes > 0
+    assert out.stats.prefill_tokens_computed == PROMPTS.numel()
+    assert cache.stats().blocks == 0
+    check_law(model, out, record, TINY[name].states)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    model = build("llama")
+    with enable_tree_attention(model):
+        yield model
+
+
+def generate(model, *, seed=0, ids=PROMPTS[1:], **kwargs):
+    torch.manual_seed(seed)
+    settings = {**SETTINGS, "attention_mask": torch.ones_like(ids), "max_new_tokens": 12}
+    return model.generate(ids, **{**settings, **kwargs})
+
+
+def test_without_forks_it_is_generate(llama):
+    stock = generate(
+        llama, custom_generate=None, num_return_sequences=5, do_sample=True, eos_token_id=None
+    )
+    out = generate(llama, num_return_sequences=5, do_sample=True, eos_token_id=None)
+    assert torch.equal(out.sequences, stock)
+    assert out.stats.prefill_tokens_asked == 5 * out.stats.prefill_tokens_computed
+    assert out.tree.num_branches == 5 and len(out.tree.roots) == 1
+
+
+def test_stock_processors_and_criteria_work_unchanged(llama):
+    arguments = dict(temperature=0.7, top_k=5, top_p=0.9, repetition_penalty=1.3, do_sample=True)
+    arguments |= dict(eos_token_id=None, num_return_sequences=3)
+    stock = generate(llama, custom_generate=None, **arguments)
+    assert torch.equal(generate(llama, **arguments).sequences, stock)
+
+    class StopAtEven(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return input_ids[:, -1] % 7 == 0
+
+    out = generate(
+        llama, num_return_sequences=6, do_sample=True, max_new_tokens=40, eos_token_id=None,
+        stopping_criteria=StoppingCriteriaList([StopAtEven()]),
+    )  # fmt: skip
+    assert "stop" in out.finish_reasons
+    for leaf, reason in zip(out.leaves, out.finish_reasons, strict=True):
+        assert (out.tree.tokens(leaf)[-1] % 7 == 0) == (reason == "stop")
+
+
+def test_finished_branches_leave_the_batch_and_free_their_blocks(llama):
+    rows = []
+
+    class CountRows(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            rows.append(len(scores))
+            scores[:, 2] += 2.5  # eos
+            return scores
+
+    cache = TreeCache(block_size=4)
+    out = generate(
+        llama, past_key_values=cache, num_return_sequences=8, do_sample=True, max_new_tokens=60,
+        logits_processor=LogitsProcessorList([CountRows()]), eos_token_id=2,
+    )  # fmt: skip
+    assert rows[0] == 8 and rows == sorted(rows, reverse=True) and rows[-1] < 8
+    assert sum(rows) == out.stats.tokens_generated
+    assert "eos" in out.finish_reasons
+    assert cache.stats().blocks == 0 and cache.get_seq_length() == 0
+
+
+def test_kept_branches_can_be_continued(llama):
+    cache = TreeCache(block_size=4)
+    out = generate(
+        llama, past_key_values=cache, branching=[ForkAtFirstToken(3)], keep_branches=True,
+        eos_token_id=None, do_sample=True,
+    )  # fmt: skip
+    assert cache.rows == [] and set(cache.tree.held) == set(out.branches)
+    cache.set_rows([out.branches[1]])
+    ids = torch.cat([out.sequences[1:2], torch.tensor([[31, 32, 33]])], 1)
+    stock = llama.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    more = llama.generate(
+        ids, past_key_values=cache, max_new_tokens=6, do_sample=False, pad_token_id=0
+    )
+    assert torch.equal(more, stock)
+    cache.check_integrity()
+
+
+def test_forks_beyond_the_bound_are_refused_by_priority(llama):
+    out = generate(
+        llama, branching=[ForkOnEntropy(0.0, children=3)], max_branches=5, do_sample=True
+    )
+    assert len(out) == 5
+    assert out.stats.forks_refused > 0
+    assert out.stats.peak_branches == 5
+
+
+def test_pruning_frees_the_bound_for_new_forks(llama):
+    out = generate(
+        llama, branching=[ForkAtPositions(range(40), 2), PruneByRank(2, every=2)],
+        max_branches=4, max_new_tokens=20, do_sample=True, eos_token_id=None,
+    )  # fmt: skip
+    assert out.stats.forks > 8 and out.stats.prunes > 5
+    assert len(out) <= 4
+
+
+def test_distinct_children_differ_in_their_next_token(llama):
+    out = generate(llama, branching=[ForkAtFirstToken(9)], do_sample=False, max_new_tokens=3)
+    assert len(set(out.sequences[:, PROMPTS.shape[1]].tolist())) == 9
+
+
+def test_events_tell_the_whole_story(llama):
+    events = []
+    record = Record()
+    out = generate(
+        llama, branching=[record, ForkAtPositions([2, 4]), PruneBelow(-4.5, after=3)],
+        tree_streamer=events.append, do_sample=True, eos_token_id=None, max_new_tokens=9,
+    )  # fmt: skip
+    tokens: dict[int, list[int]] = {0: []}
+    ended = []
+    for event in events:
+        if event.kind == "token":
+            tokens.setdefault(event.branch, []).append(event.token)
+        elif event.kind == "fork":
+            tokens.update({child: list(tokens[event.branch]) for child in event.children})
+        else:
+            ended.append(event.branch)
+    first = PROMPTS.shape[1]
+    for row, branch in enumerate(out.branches):
+        assert tokens[branch] == out.sequences[row, first:].tolist()
+    assert sorted(ended) == sorted(record.gone) == sorted(tokens)
+
+
+def test_the_record_survives_json_and_draws_itself(llama, tmp_path):
+    out = generate(llama, branching=[ForkAtFirstToken(3)], do_sample=True)
+    path = tmp_path / "tree.json"
+    out.tree.to_json(path)
+    again = GenerationTree.from_json(path)
+    assert again.to_dict() == out.tree.to_dict() == json.loads(path.read_text())
+    assert "3 branches" in out.tree.to_text()
+    assert out.tree._repr_html_().startswith("<")
+
+
+def test_outputs_have_one_row_a_branch(llama):
+    out = generate(llama, branching=[ForkAtFirstToken(3)], do_sample=True, eos_token_id=None)
+    assert out.sequences.shape == (3, PROMPTS.shape[1] + 12)
+    assert out.logprobs.shape == (3, 12) and out.logprobs.isfinite().all()
+    assert torch.allclose(out.logprobs.sum(1), out.sequences_scores, atol=1e-4)
+    assert out.finish_reasons == ["length"] * 3
+    assert len(out) == 3
+
+
+def test_an_interrupt_returns_what_there_is_and_leaves_the_cache_usable(llama):
+    cache = TreeCache(block_size=4)
+    seen = []
+
+    def stop(event):
+        seen.append(event)
+        if len(seen) == 14:
+            raise KeyboardInterrupt
+
+    out = generate(
+        llama, past_key_values=cache, branching=[ForkAtFirstToken(3)], tree_streamer=stop,
+        do_sample=True, eos_token_id=None, max_new_tokens=50,
+    )  # fmt: skip
+    assert out.finish_reasons == ["interrupted"] * 3
+    assert out.stats.steps == 5
+    cache.check_integrity()
+    assert set(out.branches) == set(cache.rows)
+    cache.select([1])
+    ids = out.sequences[1:2]
+    stock = llama.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    more = llama.generate(
+        ids, past_key_values=cache, max_new_tokens=5, do_sample=False, pad_token_id=0
+    )
+    assert torch.equal(more, stock)
+
+
+def test_a_processor_that_raises_leaves_the_cache_usable(llama):
+    class Raise(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            if input_ids.shape[1] > 13:
+                raise ZeroDivisionError
+            return scores
+
+    cache = TreeCache(block_size=4, poison=True)
+    with pytest.raises(ZeroDivisionError):
+        generate(
+            llama, past_key_values=cache, branching=[ForkAtFirstToken(3)], do_sample=True,
+            logits_processor=LogitsProcessorList([Raise()]), eos_token_id=None,
+        )  # fmt: skip
+    cache.check_integrity()
+    cache.reset()
+    assert torch.equal(
+        generate(llama, past_key_values=cache, do_sample=False).sequences,
+        generate(llama, do_sample=False).sequences,
+    )
+
+
+def test_running_out_of_blocks_says_so_and_leaves_the_cache_whole(llama):
+    cache = TreeCache(block_size=4, max_blocks=12)
+    with pytest.raises(OutOfBlocks, match="12"):
+        generate(
+            llama, past_key_values=cache, branching=[ForkAtFirstToken(6)], do_sample=True,
+            eos_token_id=None, max_new_tokens=30,
+        )  # fmt: skip
+    cache.check_integrity()
+    assert cache.stats().num_rows == 6
+    cache.select([0])
+    llama(torch.tensor([[5]]), past_key_values=cache)
+    cache.check_integrity()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_scores_that_allow_no_token_are_named(llama, value):
+    class Spoil(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return torch.full_like(scores, value) if value < 0 else scores + value
+
+    for do_sample in (True, False):
+        with pytest.raises(NonFiniteScores, match="nothing but -inf"):
+            generate(llama, do_sample=do_sample, logits_processor=LogitsProcessorList([Spoil()]))
+
+
+def test_senseless_calls_are_refused(llama):
+    with pytest.raises(InvalidArgument, match="max_branches=0"):
+        generate(llama, max_branches=0)
+    with pytest.raises(InvalidArgument, match="rows to start with"):
+        generate(llama, max_branches=3, num_return_sequences=4, do_sample=True)
+    with pytest.raises(InvalidArgument, match="num_beams"):
+        generate(llama, num_beams=2)
+    with pytest.raises(InvalidArgument, match="use_cache"):
+        generate(llama, use_cache=False)
+    full = DynamicCache()
+    llama(PROMPTS[1:, :4], past_key_values=full)
+    with pytest.raises(InvalidArgument, match="DynamicCache"):
+        generate(llama, past_key_values=full)
+
+
+def test_a_model_with_an_encoder_branches_too():
+    model = build("bart")
+    out = model.generate(
+        PROMPTS, branching=[ForkAtPositions([2, 3])], max_branches=12, do_sample=True,
+        max_new_tokens=9, eos_token_id=None, **SETTINGS,
+    )  # fmt: skip
+    assert len(out) == 8
+    encoded = model.get_encoder()(PROMPTS, attention_mask=MASK)
+    for leaf, prompt in zip(out.leaves, out.prompts, strict=True):
+        tokens = torch.tensor([out.tree.tokens(leaf)])
+        row = out.sequences[out.leaves.index(leaf)]
+        assert torch.equal(row, tokens[0])
+        logits = model(
+            attention_mask=MASK[:1], decoder_input_ids=tokens, use_cache=False,
+            encoder_outputs=(encoded.last_hidden_state[:1],),
+        ).logits  # fmt: skip
+        assert logits.isfinite().all() and prompt in (0, 1)

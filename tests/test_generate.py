@@ -1,0 +1,851 @@
+"""What users do around `generate`: go on, fork, crop, fail, pass odd masks, train."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from models import COLUMNS, PAD, VOCAB, assert_same, build, generate, model, one_thread, prompts
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
+
+from hf_tree_cache import (
+    BatchMismatch,
+    InvalidArgument,
+    OutOfBlocks,
+    StaleHandle,
+    StorageMismatch,
+    TreeCache,
+    TreeCacheError,
+    UnsupportedModel,
+    enable_tree_attention,
+)
+
+__all__ = ["one_thread"]  # a fixture for all of this file
+pytestmark = pytest.mark.core
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(params=["tree attention", "stock attention"])
+def llama(request: pytest.FixtureRequest) -> Iterator[PreTrainedModel]:
+    """A tiny llama, once with tree attention and once without."""
+    with enabled(model("llama")) if request.param == "tree attention" else nullcontext():
+        yield model("llama")
+
+
+@pytest.fixture
+def tree_llama() -> Iterator[PreTrainedModel]:
+    with enabled(model("llama")):
+        yield model("llama")
+
+
+enabled = enable_tree_attention
+
+
+def tree_cache(**options: Any) -> TreeCache:
+    return TreeCache(**{"block_size": 4, "poison": True, **options})
+
+
+def positions(mask: torch.Tensor, num_new: int) -> torch.Tensor:
+    return (mask.cumsum(1) - 1).clamp_min(0)[:, -num_new:]
+
+
+@torch.no_grad()
+def forward(
+    model: PreTrainedModel, cache: Any, ids: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Logits of ``ids`` behind what ``cache`` holds; ``mask`` covers both."""
+    if mask is None:
+        past = 0 if cache is None else cache.get_seq_length()
+        mask = torch.ones(len(ids), past + ids.shape[1], dtype=torch.int64)
+    return model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions(mask, ids.shape[1]),
+        past_key_values=cache,
+        use_cache=cache is not None,
+    ).logits
+
+
+def prefill(model: PreTrainedModel, cache: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return forward(model, cache, inputs["input_ids"], inputs["attention_mask"])
+
+
+def assert_continues(
+    model: PreTrainedModel, cache: TreeCache, ids: torch.Tensor, mask: torch.Tensor | None = None
+) -> None:
+    """``cache`` holds ``ids``: three more tokens, and then one, give the logits of a forward over all.
+
+    Leaves these four tokens in the cache.
+    """
+    cache.check_integrity()
+    assert cache.get_seq_length() == ids.shape[1]
+    more = torch.randint(3, 90, (len(ids), 4), generator=torch.Generator().manual_seed(11))
+    mask = torch.ones_like(ids) if mask is None else mask
+    mask = torch.cat([mask, torch.ones_like(more)], 1)
+    whole = forward(model, None, torch.cat([ids, more], 1), mask)
+    three = forward(model, cache, more[:, :3], mask[:, :-1])
+    one = forward(model, cache, more[:, 3:], mask)
+    cache.check_integrity()
+    got = torch.cat([three, one], 1)
+    torch.testing.assert_close(got, whole[:, -4:], rtol=0, atol=TOLERANCE)
+
+
+def extended(output: Any, inputs: dict[str, torch.Tensor], count: int = 5) -> dict[str, Any]:
+    """The conversation so far with ``count`` new tokens of the user, and its mask."""
+    rows = len(output.sequences)
+    new = torch.randint(3, 90, (rows, count), generator=torch.Generator().manual_seed(3))
+    ids = torch.cat([output.sequences, new], 1)
+    mask = inputs["attention_mask"].repeat_interleave(rows // len(inputs["attention_mask"]), 0)
+    mask = torch.cat([mask, mask.new_ones(rows, ids.shape[1] - mask.shape[1])], 1)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+# Going on
+
+
+def test_conversation_continues_on_the_same_cache(llama: PreTrainedModel) -> None:
+    cache, inputs = tree_cache(), prompts()
+    first = generate(llama, inputs, past_key_values=cache)
+    assert_same(first, generate(llama, inputs))
+    longer = extended(first, inputs)
+    assert_same(generate(llama, longer, past_key_values=cache), generate(llama, longer))
+    # 9 generated, 5 new, 9 generated: the last token of each turn is not in the cache yet.
+    assert cache.get_seq_length() == COLUMNS + 9 + 5 + 9 - 1
+    cache.check_integrity()
+
+
+def test_conversation_goes_on_after_sampling_and_beams(tree_llama: PreTrainedModel) -> None:
+    cache, inputs = tree_cache(), prompts()
+    options = {"do_sample": True, "num_return_sequences": 3}
+    first = generate(tree_llama, inputs, past_key_values=cache, **options)
+    longer = extended(first, inputs)
+    second = generate(tree_llama, longer, past_key_values=cache)
+    assert_same(second, generate(tree_llama, longer))
+    last = extended(second, longer)
+    cache.select([0, 4])
+    last = {key: value[[0, 4]] for key, value in last.items()}
+    beams = {"num_beams": 3, "do_sample": False}
+    assert_same(
+        generate(tree_llama, last, past_key_values=cache, **beams),
+        generate(tree_llama, last, **beams),
+    )
+    cache.check_integrity()
+
+
+@pytest.mark.parametrize("cached", [COLUMNS - 1, COLUMNS - 6], ids=["all but one", "all but six"])
+def test_one_cached_prompt_fans_out(llama: PreTrainedModel, cached: int) -> None:
+    cache, inputs = tree_cache(), prompts(num_rows=1)
+    forward(llama, cache, inputs["input_ids"][:, :cached])
+    blocks = cache.stats().blocks
+    options = {"do_sample": True, "num_return_sequences": 4}
+    ours = generate(llama, inputs, past_key_values=cache, **options)
+    assert_same(ours, generate(llama, inputs, **options))
+    assert cache.stats().num_rows == 4
+    # The prompt's 11 full blocks are there once.
+    assert cache.stats().blocks < blocks + 4 * 5
+    cache.check_integrity()
+
+
+def test_cache_outlives_inference_mode(llama: PreTrainedModel) -> None:
+    cache, inputs = tree_cache(block_size=16), prompts()
+    with torch.inference_mode():
+        prefill(llama, cache, inputs)
+    assert_continues(llama, cache, inputs["input_ids"], inputs["attention_mask"])
+    ids = inputs["input_ids"][:, :3]
+    cache.reset()
+    with torch.inference_mode():
+        forward(llama, cache, ids)
+    assert_continues(llama, cache, ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_precision_is_as_close_as_transformers(dtype: torch.dtype) -> None:
+    """Tokens of a random model may differ in half precision; logits must not stray further."""
+    half, exact = build("llama", dtype), build("llama")
+    exact.load_state_dict(half.state_dict())
+    inputs = prompts()
+    theirs = generate(half, inputs)
+    tokens, mask = theirs.sequences, extended(theirs, inputs, 0)["attention_mask"]
+    real = inputs["attention_mask"].bool()
+    want = forward(exact, None, tokens, mask)
+    cache, dense = tree_cache(), DynamicCache()
+    with enabled(half):
+        worst = {}
+        for name, kv in (("tree", cache), ("dense", dense)):
+            start = prefill(half, kv, inputs).float() - want[:, :COLUMNS]
+            steps = [
+                forward(half, kv, tokens[:, [i]], mask[:, : i + 1]).float() - want[:, [i]]
+                for i in range(COLUMNS, COLUMNS + 8)
+            ]
+            worst[name] = max(
+                float(start[real].abs().max()), float(torch.cat(steps, 1).abs().max())
+            )
+        ours = generate(half, inputs, past_key_values=tree_cache())
+    assert not cache.dense_reads
+    assert worst["tree"] < 1.5 * worst["dense"] + torch.finfo(dtype).eps
+
+    noise = 4 * worst["dense"]
+    for row in range(2):
+        for step, (a, b) in enumerate(zip(ours.logits, theirs.logits, strict=True)):
+            torch.testing.assert_close(a[row], b[row], rtol=0, atol=noise)
+            if ours.sequences[row, COLUMNS + step] != theirs.sequences[row, COLUMNS + step]:
+                best = b[row].float().topk(2).values
+                assert best[0] - best[1] < noise
+                break
+
+
+# Surgery
+
+
+@pytest.mark.parametrize("removed", [0, 1, 6, 20], ids=lambda n: f"{n} tokens")
+@pytest.mark.parametrize("kind", [int, torch.tensor], ids=["int", "tensor"])
+def test_crop(llama: PreTrainedModel, removed: int, kind: Any) -> None:
+    cache, inputs = tree_cache(), prompts()
+    prefill(llama, cache, inputs)
+    cache.crop(kind(-removed))
+    kept = COLUMNS - removed
+    ids, mask = inputs["input_ids"][:, :kept], inputs["attention_mask"][:, :kept]
+    assert_continues(llama, cache, ids, mask)
+
+
+def test_crop_of_forked_rows_leaves_the_others_alone(tree_llama: PreTrainedModel) -> None:
+    cache, inputs = tree_cache(), prompts(num_rows=1)
+    prefill(tree_llama, cache, inputs)
+    cache.batch_repeat_interleave(3)
+    (held,) = cache.fork(cache.rows[1])
+    ids = inputs["input_ids"].repeat(3, 1)
+    cache.crop(-7)
+    assert_continues(tree_llama, cache, ids[:, :-7])
+    cache.set_rows([held])
+    assert_continues(tree_llama, cache, inputs["input_ids"])
+
+
+def test_crop_refuses_what_it_cannot_do(llama: PreTrainedModel) -> None:
+    cache, inputs = tree_cache(), prompts()
+    prefill(llama, cache, inputs)
+    with pytest.raises(InvalidArgument, match=r"from -45 to 0"):
+        cache.crop(3)
+    with pytest.raises(InvalidArgument):
+        cache.crop(-COLUMNS - 1)
+    assert_continues(llama, cache, inputs["input_ids"], inputs["attention_mask"])
+    cache.crop(-cache.get_seq_length())
+    assert cache.stats().unique_tokens == 0
+
+
+def test_reset_makes_room_for_another_batch(llama: PreTrainedModel) -> None:
+    cache, inputs = tree_cache(), prompts(num_rows=3)
+    generate(llama, inputs, past_key_values=cache)
+    cache.reset()
+    cache.check_integrity()
+    assert (cache.stats().blocks, cache.get_seq_length(), cache.batch_size) == (0, 0, -1)
+    allocated = cache.stats().allocated_bytes
+    inputs = prompts(num_rows=2)
+    assert_same(generate(llama, inputs, past_key_values=cache), generate(llama, inputs))
+    assert cache.stats().allocated_bytes == allocated
+
+
+def test_deep_copies_live_apart(llama: PreTrainedModel) -> None:
+    cache, inputs = tree_cache(), prompts()
+    prefill(llama, cache, inputs)
+    twin = copy.deepcopy(cache)
+    one, other = ({**inputs, "input_ids": i} for i in (inputs["input_ids"], inputs["input_ids"]))
+    for each, extra in ((cache, 11), (twin, 12)):
+        new = torch.full((2, 1), extra)
+        longer = {
+            "input_ids": torch.cat([inputs["input_ids"], new], 1),
+            "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(new)], 1),
+        }
+        assert_same(generate(llama, longer, past_key_values=each), generate(llama, longer))
+        each.check_integrity()
+    cache.reset()
+    twin.crop(-9)
+    ids = torch.cat([inputs["input_ids"], torch.full((2, 1), 12)], 1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.int64)], 1)
+    twin.crop(-(twin.get_seq_length() - ids.shape[1]))
+    assert_continues(llama, twin, ids, mask)
+
+
+def test_batch_surgery_of_the_cache_interface(llama: PreTrainedModel) -> None:
+    cache, inputs = tree_cache(), prompts(num_rows=3)
+    prefill(llama, cache, inputs)
+    rows = torch.arange(3)
+
+    def check() -> None:
+        ids, mask = (inputs[key][rows] for key in ("input_ids", "attention_mask"))
+        assert cache.batch_size == len(rows)
+        assert_continues(llama, cache, ids, mask)
+        cache.crop(-4)
+
+    cache.batch_repeat_interleave(2)
+    rows = rows.repeat_interleave(2)
+    check()
+    cache.batch_select_indices(torch.tensor([0, 5, 2, 3]))
+    rows = rows[[0, 5, 2, 3]]
+    check()
+    cache.batch_select_indices(torch.tensor([True, False, True, True]))
+    rows = rows[[0, 2, 3]]
+    check()
+    cache.reorder_cache(torch.tensor([2, 2, 0]))
+    rows = rows[[2, 2, 0]]
+    check()
+    cache.select([1])
+    rows = rows[[1]]
+    check()
+    for call, argument in (
+        (cache.select, [1]),
+        (cache.reorder_cache, torch.tensor([-1])),
+        (cache.batch_repeat_interleave, 0),
+        (cache.batch_select_indices, torch.tensor([0.0])),
+    ):
+        with pytest.raises(InvalidArgument):
+            call(argument)
+    check()
+
+
+def test_layers_show_the_keys_and_values_of_a_dynamic_cache(llama: PreTrainedModel) -> None:
+    cache, dense, inputs = tree_cache(), DynamicCache(), prompts(num_rows=3)
+    new = torch.full((3, 1), 8)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(new)], 1)
+    for each in (cache, dense):
+        prefill(llama, each, inputs)
+        forward(llama, each, new, mask)
+    assert len(cache.layers) == len(dense.layers)
+    for ours, theirs in zip(cache.layers, dense.layers, strict=True):
+        for got, want in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+            assert got.shape == want.shape and got.dtype == want.dtype
+            real = mask.bool()[:, None, :, None].expand_as(want)
+            torch.testing.assert_close(got[real], want[real], rtol=0, atol=TOLERANCE)
+    # Padding is never stored where the mask is known before the forward.
+    stored = cache.stats().logical_tokens
+    if stored == int(mask.sum()):
+        assert (cache.layers[0].keys[~mask.bool()[:, None, :, None].expand_as(want)] == 0).all()
+
+
+# Mistakes
+
+
+def test_prompt_that_is_cached_already_is_refused(tree_llama: PreTrainedModel) -> None:
+    cache, inputs = tree_cache(), prompts(num_rows=1)
+    prefill(tree_llama, cache, inputs)
+    with pytest.raises(InvalidArgument, match=r"cached already.*crop\(-1\)"):
+        generate(tree_llama, inputs, past_key_values=cache)
+    cache.check_integrity()
+    cache.crop(-1)
+    ours = generate(tree_llama, inputs, past_key_values=cache)
+    assert_same(ours, generate(tree_llama, inputs))
+
+
+def test_padded_prompt_that_is_cached_already_is_refused(tree_llama: PreTrainedModel) -> None:
+    cache, inputs = tree_cache(), prompts(num_rows=3)
+    prefill(tree_llama, cache, inputs)
+    with pytest.raises(InvalidArgument, match="cached already"):
+        generate(tree_llama, inputs, past_key_values=cache)
+    cache.crop(-1)
+    ours = generate(tree_llama, inputs, past_key_values=cache)
+    assert_same(ours, generate(tree_llama, inputs))
+
+
+def test_empty_prompt_is_refused(tree_llama: PreTrainedModel) -> None:
+    cache = tree_cache()
+    with pytest.raises(InvalidArgument, match="no tokens"):
+        tree_llama(input_ids=torch.zeros(1, 0, dtype=torch.int64), past_key_values=cache)
+    prefill(tree_llama, cache, prompts())
+    cache.check_integrity()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_batch_that_does_not_fit_is_refused(llama: PreTrainedModel, rows: int) -> None:
+    cache, inputs = tree_cache(), prompts(num_rows=2)
+    prefill(llama, cache, inputs)
+    with pytest.raises(BatchMismatch, match=rf"batch of {rows} .* 2 rows with 45 columns.*reset"):
+        forward(llama, cache, torch.full((rows, 2), 9))
+    assert_continues(llama, cache, inputs["input_ids"], inputs["attention_mask"])
+
+
+@pytest.mark.parametrize("other", ["qwen3", "llama in float64"])
+def test_cache_of_another_model_is_refused(other: str) -> None:
+    inputs, cache = prompts(num_rows=1), tree_cache()
+    stranger = model("qwen3") if other == "qwen3" else model("llama", torch.float64)
+    prefill(model("llama"), cache, inputs)
+    with pytest.raises(StorageMismatch, match="belongs to one model"):
+        forward(stranger, cache, torch.full((1, 2), 9))
+    assert_continues(model("llama"), cache, inputs["input_ids"])
+
+
+def test_running_out_of_blocks_in_the_middle(llama: PreTrainedModel) -> None:
+    inputs = prompts(num_rows=3)
+    cache = tree_cache(max_blocks=42)
+    seen: list[torch.Tensor] = []
+
+    class Watch(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            seen.append(input_ids)
+            return scores
+
+    watch = LogitsProcessorList([Watch()])
+    with pytest.raises(OutOfBlocks, match=r"of 42 are free.*max_blocks") as caught:
+        generate(llama, inputs, past_key_values=cache, max_new_tokens=40, logits_processor=watch)
+    assert caught.value.requested > caught.value.free >= 0
+    cache.check_integrity()
+    ids = seen[-1]
+    assert COLUMNS < ids.shape[1] == cache.get_seq_length()
+    mask = torch.ones_like(ids)
+    mask[:, :COLUMNS] = inputs["attention_mask"]
+    cache.select([0, 2])
+    rows = {"input_ids": ids[[0, 2]], "attention_mask": mask[[0, 2]]}
+    cache.crop(-1)
+    ours = generate(llama, rows, past_key_values=cache)
+    assert_same(ours, generate(llama, rows))
+    cache.check_integrity()
+    assert cache.stats().blocks <= 42
+
+
+def test_prompt_that_does_not_fit_leaves_an_empty_cache(llama: PreTrainedModel) -> None:
+    cache, inputs = tree_cache(max_blocks=13), prompts()
+    with pytest.raises(OutOfBlocks):
+        generate(llama, inputs, past_key_values=cache, do_sample=True, num_return_sequences=3)
+    cache.check_integrity()
+    assert cache.stats().blocks == 0
+    short = {key: value[:, -9:] for key, value in inputs.items()}
+    options = {"max_new_tokens": 3}
+    ours = generate(llama, short, past_key_values=cache, **options)
+    assert_same(ours, generate(llama, short, **options))
+
+
+class Broken(RuntimeError):
+    pass
+
+
+def test_failing_processor_leaves_the_cache_usable(llama: PreTrainedModel) -> None:
+    cache, inputs = tree_cache(), prompts()
+    seen: list[torch.Tensor] = []
+
+    class Fails(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            seen.append(input_ids)
+            if len(seen) == 4:
+                raise Broken
+            return scores
+
+    with pytest.raises(Broken):
+        generate(
+            llama,
+            inputs,
+            past_key_values=cache,
+            logits_processor=LogitsProcessorList([Fails()]),
+            do_sample=True,
+            num_return_sequences=3,
+        )
+    ids, mask = seen[-1], inputs["attention_mask"].repeat_interleave(3, 0)
+    mask = torch.cat([mask, mask.new_ones(6, ids.shape[1] - COLUMNS)], 1)
+    assert_continues(llama, cache, ids, mask)
+
+
+class FailsOnce:
+    """Makes a layer's MLP fail at one of its calls."""
+
+    def __init__(self, model: PreTrainedModel, call: int) -> None:
+        self.left = call
+        self.handle = model.model.layers[1].mlp.register_forward_pre_hook(self)
+
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Broken
+
+    def __enter__(self) -> FailsOnce:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.handle.remove()
+
+
+@pytest.mark.parametrize("call", [1, 2, 5], ids=["in the prompt", "at a fork", "while decoding"])
+def test_failure_inside_a_layer_undoes_the_forward(tree_llama: PreTrainedModel, call: int) -> None:
+    inputs, cache = prompts(), tree_cache()
+    options = {"do_sample": True, "num_return_sequences": 3}
+    with FailsOnce(tree_llama, call), pytest.raises(Broken):
+        generate(tree_llama, inputs, past_key_values=cache, **options)
+    cache.check_integrity()
+    if call == 1:
+        assert cache.stats().blocks == 0
+        ours = generate(tree_llama, inputs, past_key_values=cache, **options)
+        assert_same(ours, generate(tree_llama, inputs, **options))
+        return
+    theirs = generate(tree_llama, inputs, **options)
+    kept = COLUMNS + call - 2
+    mask = extended(theirs, inputs, 0)["attention_mask"][:, :kept]
+    assert_continues(tree_llama, cache, theirs.sequences[:, :kept], mask)
+
+
+def test_failure_in_a_chunk_with_collapsed_rows(tree_llama: PreTrainedModel) -> None:
+    """The second chunk runs on rows that were collapsed with their past, and must come back."""
+    inputs, cache = prompts(), tree_cache()
+    options = {"do_sample": True, "num_return_sequences": 3, "prefill_chunk_size": 20}
+    with FailsOnce(tree_llama, 2), pytest.raises(Broken):
+        generate(tree_llama, inputs, past_key_values=cache, **options)
+    ids, mask = (inputs[key].repeat_interleave(3, 0)[:, :20] for key in inputs)
+    assert_continues(tree_llama, cache, ids, mask)
+
+
+def test_without_tree_attention_a_failed_forward_asks_for_rollback() -> None:
+    llama, inputs, cache = model("llama"), prompts(), tree_cache()
+    prefill(llama, cache, inputs)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.int64)], 1)
+    with FailsOnce(llama, 1), pytest.raises(Broken):
+        forward(llama, cache, torch.full((2, 1), 9), mask)
+    with pytest.raises(TreeCacheError, match=r"wrote 2 of 3 layers.*rollback\(\)"):
+        forward(llama, cache, torch.full((2, 1), 9), mask)
+    cache.rollback()
+    assert_continues(llama, cache, inputs["input_ids"], inputs["attention_mask"])
+    cache.rollback()
+    cache.check_integrity()
+
+
+def test_handles_of_an_earlier_forward_are_stale(llama: PreTrainedModel) -> None:
+    cache, inputs = tree_cache(), prompts(num_rows=1)
+    prefill(llama, cache, inputs)
+    handles = []
+    layer = cache.layers[0]
+    original = layer.update
+
+    def update(*args: Any, **kwargs: Any) -> Any:
+        handles.append(original(*args, **kwargs))
+        return handles[-1]
+
+    layer.update = update
+    forward(llama, cache, torch.full((1, 1), 9))
+    del layer.update
+    forward(llama, cache, torch.full((1, 1), 9))
+    keys, _ = handles[0]
+    assert keys.shape == (1, 1, COLUMNS + 1, 12)
+    if cache.dense_reads:
+        return  # it was gathered while it was good, and stays so
+    with pytest.raises(StaleHandle, match=re.escape("cache.layers[i].keys")):
+        keys + 1
+
+
+# Switching tree attention on and off
+
+
+def implementations(model: PreTrainedModel) -> list[str]:
+    parts = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    return [part.config._attn_implementation for part in parts]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "llava", "bart", "falcon"])
+def test_disable_gives_the_model_back_as_it_was(name: str) -> None:
+    each = model(name)
+    config, before = copy.deepcopy(each.config), implementations(each)
+    handle = enable_tree_attention(each)
+    assert len(each._forward_pre_hooks) == len(each._forward_hooks) == 1
+    assert (implementations(each) == before) == (name == "falcon")
+    with pytest.raises(InvalidArgument, match="enabled already"):
+        enable_tree_attention(each)
+    handle.disable()
+    handle.disable()
+    assert implementations(each) == before
+    assert each.config.to_dict() == config.to_dict()
+    assert not each._forward_pre_hooks and not each._forward_hooks
+    assert not any(flag for flag in each._forward_hooks_always_called.values())
+    with enable_tree_attention(each):
+        pass
+    assert implementations(each) == before
+
+
+def test_disabled_in_the_middle_the_cache_goes_on() -> None:
+    llama, cache, inputs = model("llama"), tree_cache(), prompts()
+    with enable_tree_attention(llama):
+        prefill(llama, cache, inputs)
+    assert_continues(llama, cache, inputs["input_ids"], inputs["attention_mask"])
+    assert cache.dense_reads
+
+
+def test_enabled_in_the_middle_the_cache_goes_on() -> None:
+    llama, cache, inputs = model("llama"), tree_cache(), prompts(num_rows=1)
+    prefill(llama, cache, inputs)
+    cache.batch_repeat_interleave(2)
+    with enable_tree_attention(llama):
+        assert_continues(llama, cache, inputs["input_ids"].repeat(2, 1))
+    assert not cache.dense_reads
+
+
+def test_only_models_of_transformers_can_be_enabled() -> None:
+    with pytest.raises(InvalidArgument, match="Linear"):
+        enable_tree_attention(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    "options", [{"do_sample": True}, {"do_sample": False, "num_beams": 3}], ids=["sample", "beams"]
+)
+def test_default_cache_is_replaced_and_repeated_prompts_run_once(options: dict[str, Any]) -> None:
+    """As GRPO trainers call it: equal rows in the batch, no cache in sight."""
+    llama, inputs = model("llama"), prompts()
+    inputs = {key: value[[0, 0, 0, 1, 1, 1]] for key, value in inputs.items()}
+    theirs = generate(llama, inputs, **options)
+    shapes: list[torch.Size] = []
+    spy = llama.model.layers[0].register_forward_pre_hook(
+        lambda module, args: shapes.append(args[0].shape[:2])
+    )
+    with enable_tree_attention(llama, replace_default_cache=True):
+        ours = generate(llama, inputs, **options)
+    spy.remove()
+    assert_same(ours, theirs)
+    assert isinstance(ours.past_key_values, TreeCache)
+    assert shapes[0] == (2, COLUMNS)
+    assert set(shapes[1:]) == {(6 * options.get("num_beams", 1), 1)}
+
+
+def test_replacing_leaves_other_caches_alone() -> None:
+    llama, inputs = model("llama"), prompts(num_rows=1)
+    with enable_tree_attention(llama, replace_default_cache=True):
+        used = DynamicCache()
+        forward(llama, used, inputs["input_ids"][:, :9])
+        longer = generate(llama, inputs, past_key_values=used)
+        assert longer.past_key_values is used
+        static = generate(llama, inputs, cache_implementation="static", max_new_tokens=3)
+        assert type(static.past_key_values).__name__ == "StaticCache"
+    with enable_tree_attention(llama):
+        assert type(generate(llama, inputs).past_key_values) is DynamicCache
+
+
+def test_encoder_decoders_are_told_which_cache_they_need() -> None:
+    bart = model("bart")
+    with (
+        enable_tree_attention(bart),
+        pytest.raises(UnsupportedModel, match=r"EncoderDecoderCache\(TreeCache\(\), TreeCache\(\)"),
+    ):
+        generate(bart, prompts("bart"), past_key_values=tree_cache())
+    with pytest.raises(UnsupportedModel, match="EncoderDecoderCache"):
+        generate(bart, prompts("bart"), past_key_values=tree_cache())
+    cache = EncoderDecoderCache(tree_cache(), DynamicCache())
+    with enable_tree_attention(bart):
+        ours = generate(bart, prompts("bart"), past_key_values=cache, num_beams=3)
+    theirs = generate(bart, prompts("bart"), num_beams=3)
+    assert_same(ours, theirs)
+
+
+def test_linear_attention_models_need_a_config() -> None:
+    """Without it the cache cannot know which layers keep a state instead of K/V."""
+    hybrid, inputs = model("qwen3_next"), prompts("qwen3_next")
+    with pytest.raises((TreeCacheError, IndexError, ValueError)):
+        generate(hybrid, inputs, past_key_values=tree_cache())
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("padded", [False, True], ids=["no padding", "left padding"])
+def test_gradients_are_those_of_the_stock_attention(name: str, padded: bool) -> None:
+    inputs = prompts(name)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    if not padded:
+        del inputs["attention_mask"]
+    losses, gradients = [], []
+    for implementation in (None, "tree_attention"):
+        student = build(name).train()
+        if implementation is not None:
+            student.set_attn_implementation(implementation)
+        loss = student(**inputs, labels=labels, use_cache=False).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({n: p.grad for n, p in student.named_parameters()})
+    torch.testing.assert_close(losses[0], losses[1])
+    for key, want in gradients[0].items():
+        if want is None:
+            assert gradients[1][key] is None
+            continue
+        scale = float(want.abs().max())
+        torch.testing.assert_close(gradients[1][key], want, rtol=0, atol=1e-5 * scale + 1e-7)
+
+
+def test_training_while_enabled() -> None:
+    """Enabled for good, as a trainer may: the training step in between is an ordinary one."""
+    student, stock = build("llama").train(), build("llama").train()
+    inputs = prompts()
+    stock(**inputs, labels=inputs["input_ids"]).loss.backward()
+    with enable_tree_attention(student, replace_default_cache=True):
+        student.eval()
+        generate(student, inputs, max_new_tokens=3)
+        student.train()
+        student(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
+    for ours, theirs in zip(student.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss"])
+def test_implementation_set_by_hand_is_right_too(name: str) -> None:
+    each = build(name)
+    theirs = generate(each, prompts(name))
+    each.set_attn_implementation("tree_attention")
+    assert_same(generate(each, prompts(name)), theirs)
+    cache = tree_cache()
+    assert_same(generate(each, prompts(name), past_key_values=cache), theirs)
+    assert set(cache.dense_reads) == {"padding"}
+    one = prompts(name, num_rows=1)
+    cache = tree_cache()
+    ours = generate(each, one, past_key_values=cache)
+    assert_same(ours, generate(model(name), one))
+    assert not cache.dense_reads
+
+
+# Masks
+
+
+HOLES = {
+    "holes": lambda mask: mask.index_fill(1, torch.tensor([20, 21, 30]), 0),
+    "right padding": lambda mask: mask.flip(1),
+    "left padding and holes": lambda mask: mask * (torch.arange(COLUMNS) % 9 > 0),
+    "a row of padding only at its end": lambda mask: torch.cat([mask[:, :-2], 0 * mask[:, -2:]], 1),
+}
+
+
+@pytest.mark.parametrize("hide", HOLES.values(), ids=HOLES)
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_masks_that_hide_more_than_left_padding(name: str, hide: Any, llama_how: bool) -> None:
+    each, inputs = model(name), prompts(name)
+    inputs["attention_mask"] = hide(inputs["attention_mask"])
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 4, dtype=torch.int64)], 1)
+    more = torch.randint(3, 90, (2, 4))
+
+    def logits(cache: Any) -> list[torch.Tensor]:
+        steps = [prefill(each, cache, inputs)]
+        steps.append(forward(each, cache, more[:, :3], mask[:, :-1]))
+        return [*steps, forward(each, cache, more[:, 3:], mask)]
+
+    cache = tree_cache()
+    theirs = logits(DynamicCache(config=each.config))
+    with enable_tree_attention(each) if llama_how else nullcontext():
+        ours = logits(cache)
+    cache.check_integrity()
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(ours[0][real], theirs[0][real], rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(ours[1:], theirs[1:], rtol=0, atol=TOLERANCE)
+
+
+@pytest.fixture(params=[True, False], ids=["tree attention", "stock attention"])
+def llama_how(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_a_mask_of_the_callers_own(llama: PreTrainedModel, kind: str) -> None:
+    """Prefix-LM style: the first ten tokens see each other, and some pairs do not."""
+    ids = prompts(num_rows=2)["input_ids"].clamp_min(3)
+    more = torch.randint(3, 90, (2, 3))
+    total = COLUMNS + 3
+    visible = torch.ones(total, total).tril().bool()
+    visible[:10, :10] = True
+    visible[:, 15:18] = torch.eye(total, dtype=torch.bool)[:, 15:18]
+    visible = visible.expand(2, 1, -1, -1).clone()
+    visible[1, :, 20:, 3] = False
+
+    def part(rows: slice, columns: int) -> torch.Tensor:
+        mask = visible[:, :, rows, :columns]
+        if kind == "bool":
+            return mask
+        return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+
+    def logits(cache: Any) -> torch.Tensor:
+        with torch.no_grad():
+            first = llama(
+                input_ids=ids,
+                attention_mask=part(slice(COLUMNS), COLUMNS),
+                past_key_values=cache,
+            ).logits
+            second = llama(
+                input_ids=more,
+                attention_mask=part(slice(COLUMNS, total), total),
+                past_key_values=cache,
+            ).logits
+        return torch.cat([first, second], 1)
+
+    cache = tree_cache()
+    ours, theirs = logits(cache), logits(DynamicCache())
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+    cache.check_integrity()
+
+
+# Outputs and books
+
+
+def test_hidden_states_of_collapsed_rows_have_the_callers_batch(
+    tree_llama: PreTrainedModel,
+) -> None:
+    inputs, options = prompts(), {"do_sample": True, "num_return_sequences": 3}
+    options |= {"output_hidden_states": True, "max_new_tokens": 3}
+    theirs = generate(tree_llama, inputs, **options)
+    cache = tree_cache()
+    ours = generate(tree_llama, inputs, past_key_values=cache, **options)
+    assert cache.stats().prefill_tokens_computed == 2 * COLUMNS
+    real = inputs["attention_mask"].bool().repeat_interleave(3, 0)
+    for step, (got, want) in enumerate(zip(ours.hidden_states, theirs.hidden_states, strict=True)):
+        assert len(got) == len(want) == 4
+        for a, b in zip(got, want, strict=True):
+            assert a.shape == b.shape == (6, 1 if step else COLUMNS, 40)
+            where = real if step == 0 else ...
+            torch.testing.assert_close(a[where], b[where], rtol=0, atol=TOLERANCE)
+
+
+def test_finished_rows_can_be_dropped(llama: PreTrainedModel) -> None:
+    inputs, cache = prompts(num_rows=3), tree_cache()
+    plain = generate(llama, inputs)
+    eos = plain.sequences[1, COLUMNS + 3].item()
+    output = generate(llama, inputs, past_key_values=cache, eos_token_id=eos)
+    assert_same(output, generate(llama, inputs, eos_token_id=eos))
+    generated = output.sequences[:, COLUMNS:]
+    going = [row for row in range(3) if eos not in generated[row].tolist()]
+    assert 1 not in going and going
+    assert (generated[1, -3:] == PAD).all()
+    longer = extended(output, inputs)
+    blocks = cache.stats().blocks
+    cache.select(going)
+    assert cache.stats().blocks < blocks
+    longer = {key: value[going] for key, value in longer.items()}
+    assert_same(generate(llama, longer, past_key_values=cache), generate(llama, longer))
+
+
+def test_prefill_books(tree_llama: PreTrainedModel) -> None:
+    cache = tree_cache()
+    inputs = prompts()
+    generate(tree_llama, inputs, past_key_values=cache, num_beams=5, do_sample=False)
+    stats = cache.stats()
+    assert stats.prefill_tokens_asked == 2 * 5 * COLUMNS
+    assert stats.prefill_tokens_computed == 2 * COLUMNS
+    assert (stats.num_rows, stats.num_held) == (10, 0)
+    assert stats.unique_tokens < stats.logical_tokens == 5 * (45 + 38) + 10 * 8
+    assert stats.kv_bytes == stats.blocks * 4 * 3 * 2 * 12 * 4
+    assert stats.dense_bytes == 10 * (COLUMNS + 8) * 3 * 2 * 12 * 4
+    assert stats.saving == 1 - stats.kv_bytes / stats.dense_bytes > 0.4
+    assert stats.dense_reads == {}
+
+
+def test_memory_cap_holds_until_it_is_hit(tree_llama: PreTrainedModel) -> None:
+    block = 4 * 3 * 2 * 12 * 4
+    cache = tree_cache(max_memory=30 * block + block // 2)
+    inputs = prompts()
+    with pytest.raises(OutOfBlocks, match="max_memory"):
+        generate(tree_llama, inputs, past_key_values=cache, max_new_tokens=60)
+    assert 28 * block <= cache.stats().kv_bytes <= 30 * block
+    cache.check_integrity()
+    cache.reset()
+    ours = generate(tree_llama, inputs, past_key_values=cache)
+    assert_same(ours, generate(tree_llama, inputs))
+
+    with pytest.raises(InvalidArgument, match=r"model\.config"), torch.no_grad():
+        build("llama")(**inputs, past_key_values=tree_cache(max_memory=block))
+    short = tree_cache(max_memory=2 * block)
+    with pytest.raises(OutOfBlocks, match="max_memory"):
+        prefill(tree_llama, short, inputs)
+    short.check_integrity()
+    assert short.stats().blocks == 0
