@@ -18,21 +18,21 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "examples")]
-
-from weights import load_smollm2
-
 from hf_tree_cache import TreeCache, enable_tree_attention
 from hf_tree_cache.env import environment
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
 TEXT = (
-    "A reasoning model thinks in trees: it proposes a step, follows it for a while, notices that it "
-    "leads nowhere, goes back and tries another. Every branch shares its beginning with the others. "
+    "A reasoning model thinks in trees: it proposes a step, follows it for a while, notices that "
+    "it leads nowhere, goes back and tries another. Every branch shares its beginning. "
 )
 
 
 def run_once(kind: str, prompt: int, branches: int, new_tokens: int) -> dict:
     """Generate once with one kind of cache and measure it, in this process."""
+    from weights import load_smollm2
+
     model, tokenizer = load_smollm2()
     ids = tokenizer(TEXT * (prompt // 20), return_tensors="pt").input_ids[:, :prompt]
     assert ids.shape[1] == prompt
@@ -50,8 +50,8 @@ def run_once(kind: str, prompt: int, branches: int, new_tokens: int) -> dict:
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if cache is None:
-        layers = out.past_key_values.layers
-        kv_bytes = sum(x.numel() * x.element_size() for lay in layers for x in (lay.keys, lay.values))
+        pairs = ((layer.keys, layer.values) for layer in out.past_key_values.layers)
+        kv_bytes = sum(x.nbytes for pair in pairs for x in pair)
         prefill = prompt * branches
     else:
         cache.check_integrity()
@@ -87,7 +87,7 @@ def ceilings() -> dict:
 
 
 def floor_seconds(limits: dict, prompt: int, branches: int, new_tokens: int) -> float:
-    """Least time of a run that computes the prompt once: matrix products, or weights from memory."""
+    """Least time of a run that computes the prompt once, by products or by reads of weights."""
     parameters = 134.5e6
     prefill = 2 * parameters * prompt / (limits["matmul_gflops"] * 1e9)
     step = max(

@@ -1,7 +1,7 @@
 """Writes README's results and its figure from benchmarks/results, or checks that they are current.
 
-    python benchmarks/report.py           after a benchmark has left new results
-    python benchmarks/report.py --check   exits with 1 when README or the figure are out of date
+python benchmarks/report.py           after a benchmark has left new results
+python benchmarks/report.py --check   exits with 1 when README or the figure are out of date
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hf_tree_cache.memory.allocator import PhysicalKVAllocator
 from hf_tree_cache.memory.tree import Branch, BranchTree
 
+ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results: made by benchmarks/report.py -->", "<!-- end of results -->"
 MEMORY_ROWS = {
     "fork at the tip, 131,072 tokens": "a fork behind 131,072 tokens",
@@ -136,8 +136,8 @@ text, .token { fill: #e6e9ef }
 
 def figure(cpu: dict[str, Any] | None) -> str:
     """The SVG: a token tree over its blocks, beside bars of K/V bytes where there are results."""
-    bars = _bars(cpu, 676) if cpu is not None and cpu["results"] else ""
-    width = 1000 if bars else 660
+    bars = _bars(cpu, 698) if cpu is not None and cpu["results"] else ""
+    width = 1000 if bars else 680
     label = "A tree of tokens over shared blocks of a KV cache"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} 372" width="{width}" '
@@ -160,7 +160,7 @@ def _tree() -> str:
     tree.append([2, 2, 3, 2, 3])
     freed = tree.block_table(a3)[-1]
     tree.prune(a3)
-    left, middle, right = 24, 24 + 2 * BLOCK + 34, 24 + 3 * BLOCK + 68
+    left, middle, right = 24, 24 + 2 * BLOCK + 26, 24 + 3 * BLOCK + 52
     strips = [
         (left, 132, 0, a1, [0, 1], "What is 6 × 7 ? A :"),
         (middle, 88, 1, a1, [2], "6 × 7 ="),
@@ -175,11 +175,11 @@ def _tree() -> str:
     middles = {y: y + HEIGHT / 2 for _, y, *_ in strips}
     joints = [(132, 88), (132, 198), (88, 50), (88, 94), (88, 138), (198, 176), (198, 220)]
     for above, below in joints:
-        start = (left + 2 * BLOCK) if above == 132 else (middle + BLOCK)
+        start = left + 2 * BLOCK if above == 132 else (middle + BLOCK)
         end = middle if above == 132 else right
         y0, y1 = middles[above], below + HEIGHT / 2
         parts.append(
-            f'<path class="edge" d="M{start} {y0} C{start + 18} {y0} {end - 18} {y1} {end} {y1}"/>'
+            f'<path class="edge" d="M{start} {y0} C{start + 14} {y0} {end - 14} {y1} {end} {y1}"/>'
         )
     for x, y, hue, branch, places, words in strips:
         parts.append(_strip(x, y, hue, tree, branch, places, words.split()))
@@ -244,7 +244,7 @@ def _bars(cpu: dict[str, Any], x: float) -> str:
     """K/V bytes of both caches at each width, for the longest prompt measured."""
     prompt = max(row["prompt"] for row in cpu["results"])
     rows = sorted((r for r in cpu["results"] if r["prompt"] == prompt), key=lambda r: r["branches"])
-    rows = rows[-4:]
+    rows = rows[-3:]
     most = max(row[kind]["kv_bytes"] for row in rows for kind in ("dynamic", "tree"))
     full, height = 210, 22
     pitch = min(78, 240 // len(rows))

@@ -1,6 +1,6 @@
 """A branching policy of your own: every line of a poem goes on in two ways.
 
-    python examples/branching.py
+python examples/branching.py
 """
 
 from __future__ import annotations

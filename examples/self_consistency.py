@@ -130,9 +130,11 @@ def describe(votes: Counter[int | None], right: int) -> str:
     others = sum(votes.values()) - sum(n for _, n in ranked[:4])
     if others:
         shown.append(f"others ×{others}")
-    elected = ranked[0][0] if ranked else None
-    verdict = "right" if elected == right else f"wrong, it is {right}"
-    return f"{' '.join(shown)} → {elected}, {verdict}"
+    verdict = "no answer"
+    if ranked:
+        elected = ranked[0][0]
+        verdict = f"{elected}, right" if elected == right else f"{elected}, wrong: it is {right}"
+    return f"{' '.join(shown)} → {verdict}"
 
 
 @contextmanager

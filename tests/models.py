@@ -326,6 +326,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> PreT
         if not hasattr(transformers, needed):
             pytest.skip(f"transformers {transformers.__version__} has no {needed}")
     with torch.random.fork_rng():
+        torch.manual_seed(1)
         config = getattr(transformers, tiny.config)(**{**tiny.options, **options})
         model = getattr(transformers, tiny.model)(config)
         torch.manual_seed(1)

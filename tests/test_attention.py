@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from trees import SHAPES, Grown, fill, grow_randomly
+from trees import SHAPES, Grown, ShadowTree, fill, grow_randomly
 
 from hf_tree_cache.attention import plan as plan_module
 from hf_tree_cache.attention import torch_backend
@@ -345,6 +345,26 @@ def test_a_kept_plan_keeps_the_indices_of_its_runs_and_no_mask(
         )
         check_same(attend(case, "torch"), branch_by_branch(case), 1e-10)
         assert len(plan.scratch) > len(plan.runs)
+
+
+@pytest.mark.parametrize("kind", ["sliding", "chunked"])
+def test_a_run_beyond_every_window_is_not_read(kind: Any) -> None:
+    shadow = ShadowTree(4)
+    shadow.add_rows(1)
+    shadow.append([128])
+    shadow.select([0] * 3)
+    shadow.append([20, 17, 18])
+    counts = [2, 2, 2]
+    shadow.append(counts)
+    plan = build_plan(shadow.tree, counts, 2)
+    (run,) = plan.runs
+    spec = KVSpec(1, 8, 8, torch.float64, torch.device("cpu"))
+    storage, _, _ = fill(shadow, spec)
+    q = torch.randn(3, 4, 2, 8, dtype=torch.float64)
+    options = {"scale": 0.5, "window": Window(kind, 16)}
+    want = tree_attention_reference(q, storage, 0, plan, **options)
+    storage.poison(run.blocks)
+    check_same(tree_attention_torch(q, storage, 0, plan, **options), want, 1e-10)
 
 
 def test_layers_of_different_heads_and_windows_share_a_plan(

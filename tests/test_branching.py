@@ -95,7 +95,8 @@ def dense_logits(model, prompt: int, generated: list[int], stepwise: bool = Fals
 
 
 def check_law(model, out, record: Record, stepwise: bool) -> None:
-    tolerance = 1e-4
+    # Alone and in a batch of six, transformers' own qwen3_next differs from itself by 2.5e-4.
+    tolerance = 1e-3 if model.config.model_type == "qwen3_next" else 1e-4
     assert len(out) > 1
     for leaf, branch, prompt in zip(out.leaves, out.branches, out.prompts, strict=True):
         generated = out.tree.tokens(leaf, include_prompt=False)

@@ -169,7 +169,7 @@ def test_senseless_settings_are_refused(make):
 
 def test_actions_need_a_loop_and_a_row_that_exists():
     processor = ForkAtFirstToken(2)
-    with pytest.raises(InvalidArgument, match="custom_generate=tree_generate"):
+    with pytest.raises(InvalidArgument, match="custom_generate"):
         processor.fork(0)
     processor.begin(batch([0]))
     with pytest.raises(InvalidArgument, match="there are 1 rows"):

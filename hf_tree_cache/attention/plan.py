@@ -62,10 +62,10 @@ class TreeAttentionPlan:
     Every token of a row is in exactly one of its runs or in its tail; the new tokens are in the
     tail. A prompt of 36 tokens, forked in three that have 3, 1 and 2 more, with ``block_size`` 16::
 
-        runs    rows (0, 1, 2)  start 0   blocks (0, 1)             positions  0..31, read once
-        tails   row 0           start 32  blocks (3,)  length 39    positions 32..38, copied on write
-                row 1           start 32  blocks (4,)  length 37    positions 32..36, copied on write
-                row 2           start 32  blocks (2,)  length 38    positions 32..37, the last owner
+        runs    rows (0, 1, 2)  start 0   blocks (0, 1)            positions  0..31, read once
+        tails   row 0           start 32  blocks (3,)  length 39   positions 32..38, block copied
+                row 1           start 32  blocks (4,)  length 37   positions 32..36, block copied
+                row 2           start 32  blocks (2,)  length 38   positions 32..37, last owner
 
     Attributes:
         block_size: token slots of a block.

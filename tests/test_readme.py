@@ -1,0 +1,128 @@
+"""README runs: its python blocks in order, in one namespace, with the output that it shows."""
+
+from __future__ import annotations
+
+import re
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import report
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+LOGPROB = re.compile(r"-\d+\.\d\d")
+
+
+def examples() -> list[tuple[str, str]]:
+    """Each python block with the text block behind it, empty where none follows."""
+    following = [*BLOCKS[1:], ("", "")]
+    return [
+        (code, text if kind == "text" else "")
+        for (language, code), (kind, text) in zip(BLOCKS, following, strict=True)
+        if language == "python"
+    ]
+
+
+def split_logprobs(text: str) -> tuple[str, list[float]]:
+    return LOGPROB.sub("#", text), [float(found) for found in LOGPROB.findall(text)]
+
+
+def test_the_python_blocks_print_what_readme_shows() -> None:
+    from weights import smollm2_path
+
+    namespace: dict[str, Any] = {}
+    assert examples(), "README has no python block"
+    for code, shown in examples():
+        code = re.sub(r"^name = .*$", f"name = {str(smollm2_path())!r}", code, flags=re.MULTILINE)
+        printed = StringIO()
+        with redirect_stdout(printed):
+            exec(compile(code, "README.md", "exec"), namespace)
+        words, logprobs = split_logprobs(printed.getvalue())
+        shown_words, shown_logprobs = split_logprobs(shown)
+        assert words == shown_words
+        # Products round differently from one processor to the next.
+        assert logprobs == pytest.approx(shown_logprobs, abs=0.02)
+
+
+def test_results_and_figure_are_those_of_the_committed_benchmarks() -> None:
+    assert report.main(["--check"]) == 0, "run python benchmarks/report.py"
+
+
+def test_readme_fits_and_its_links_lead_somewhere() -> None:
+    assert len(README.splitlines()) <= 120
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+RUN = {"seconds": 4.0, "prefill_tokens": 1600, "kv_bytes": 97_000_000, "peak_rss_mb": 900}
+CPU = {
+    "environment": {"cpu_count": "2", "torch": "2", "transformers": "5"},
+    "results": [
+        {
+            "prompt": 200,
+            "branches": 8,
+            "new_tokens": 64,
+            "dynamic": RUN,
+            "tree": RUN | {"seconds": 2.0, "prefill_tokens": 200, "kv_bytes": 30_000_000},
+            "same_tokens": True,
+        },
+        {
+            "prompt": 200,
+            "branches": 1,
+            "new_tokens": 64,
+            "dynamic": RUN,
+            "tree": RUN | {"seconds": 5.0},
+            "same_tokens": False,
+        },
+    ],
+}
+MEMORY = {
+    "block_size": 16,
+    "results": [
+        {"name": "fork at the tip, 131,072 tokens", "us": {"median": 1.25}, "met": True},
+        {"name": "select of 5,000 rows, like a beam", "us": {"median": 4321.0}, "met": False},
+    ],
+}
+
+
+def test_the_report_shows_losses_missed_targets_and_different_samples() -> None:
+    text = report.results_text(CPU, MEMORY)
+    assert "| 200 | 8 | 1,600 → 200 | 97 → 30 | 900 → 900 | 4.0 → 2.0 (2.0 ×) |" in text
+    assert "we lose: 1.25 × longer" in text
+    assert "different in 1 rows" in text
+    assert "a fork behind 131,072 tokens 1.25 µs" in text
+    assert "selection among 5,000 rows 4.32 ms" in text
+    assert "Targets missed: select of 5,000 rows, like a beam." in text
+
+
+@pytest.mark.parametrize("cpu", [None, {"environment": {}, "results": []}, CPU],
+                         ids=["no file", "no results", "results"])  # fmt: skip
+def test_the_figure_is_well_formed_with_and_without_results(cpu: dict[str, Any] | None) -> None:
+    from xml.etree import ElementTree
+
+    svg = report.figure(cpu)
+    assert ElementTree.fromstring(svg).tag.endswith("svg")
+    assert ("TreeCache" in svg) is bool(cpu and cpu["results"])
+    assert "8 blocks held; 4 separate rows would take 16" in svg
+
+
+def test_report_writes_then_agrees_and_notices_an_edit(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"above\n{report.BEGIN}\n{report.END}\nbelow\n", encoding="utf-8")
+    root = ["--root", str(tmp_path)]
+    assert report.main([*root, "--check"]) == 1
+    assert report.main(root) == 0
+    assert report.main([*root, "--check"]) == 0
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith("above\n") and text.endswith("\nbelow\n")
+    assert "No results yet" in text
+    readme.write_text(text.replace("yet", "at all"), encoding="utf-8")
+    assert report.main([*root, "--check"]) == 1
+    readme.write_text("no markers", encoding="utf-8")
+    with pytest.raises(SystemExit, match="markers"):
+        report.main(root)
