@@ -261,7 +261,7 @@ TINY: dict[str, Tiny] = {
             **TEXT,
             "d_model": 36,
             "encoder_layers": 2,
-            "decoder_layers": 2,
+            "decoder_layers": 3,
             "encoder_attention_heads": 3,
             "decoder_attention_heads": 3,
             "encoder_ffn_dim": 40,

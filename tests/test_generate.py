@@ -206,6 +206,31 @@ def test_half_precision_is_as_close_as_transformers(dtype: torch.dtype) -> None:
                 break
 
 
+def test_generates_under_autocast(llama: PreTrainedModel) -> None:
+    """Mixed precision makes float32 keys (rotary) and bfloat16 values."""
+    inputs = prompts()
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = generate(llama, inputs, max_new_tokens=4)
+        ours = generate(llama, inputs, max_new_tokens=4, past_key_values=tree_cache())
+    exact = generate(llama, inputs, max_new_tokens=1).logits[0]
+    noise = float((theirs.logits[0] - exact).abs().max())
+    assert ours.logits[0].dtype == theirs.logits[0].dtype
+    torch.testing.assert_close(ours.logits[0], exact, rtol=0, atol=1.5 * noise)
+    torch.testing.assert_close(ours.logits[1], theirs.logits[1], rtol=0, atol=3 * noise)
+
+
+def test_embeddings_instead_of_tokens(llama: PreTrainedModel) -> None:
+    inputs, options = prompts(), {"do_sample": True, "num_return_sequences": 3}
+    embeds = {
+        "inputs_embeds": llama.get_input_embeddings()(inputs["input_ids"]).detach(),
+        "attention_mask": inputs["attention_mask"],
+    }
+    cache = tree_cache()
+    ours = generate(llama, embeds, past_key_values=cache, **options)
+    assert_same(ours, generate(llama, embeds, **options))
+    cache.check_integrity()
+
+
 # Surgery
 
 
@@ -331,6 +356,21 @@ def test_layers_show_the_keys_and_values_of_a_dynamic_cache(llama: PreTrainedMod
         assert (cache.layers[0].keys[~mask.bool()[:, None, :, None].expand_as(want)] == 0).all()
 
 
+def test_branches_of_different_lengths_become_rows(llama: PreTrainedModel) -> None:
+    """Shorter rows are left-padded in the caller's view, and one of them is empty."""
+    cache, inputs = tree_cache(), prompts(num_rows=1)
+    ids = inputs["input_ids"]
+    forward(llama, cache, ids)
+    whole = cache.rows[0]
+    short, empty = cache.fork(whole, at=-19)[0], cache.fork(whole, at=0)[0]
+    cache.set_rows([short, whole, empty])
+    padded = torch.full((3, COLUMNS), PAD)
+    padded[0, 19:], padded[1] = ids[0, :-19], ids[0]
+    mask = torch.zeros_like(padded)
+    mask[0, 19:] = mask[1] = 1
+    assert_continues(llama, cache, padded, mask)
+
+
 # Mistakes
 
 
@@ -353,6 +393,19 @@ def test_padded_prompt_that_is_cached_already_is_refused(tree_llama: PreTrainedM
     cache.crop(-1)
     ours = generate(tree_llama, inputs, past_key_values=cache)
     assert_same(ours, generate(tree_llama, inputs))
+
+
+def test_prompt_shorter_than_the_cache_is_refused(tree_llama: PreTrainedModel) -> None:
+    """The same call twice: `generate` would run a piece of the prompt behind the first answer."""
+    for rows in (1, 2):
+        cache, inputs = tree_cache(), prompts(num_rows=rows)
+        generate(tree_llama, inputs, past_key_values=cache)
+        with pytest.raises(InvalidArgument, match="reset"):
+            generate(tree_llama, inputs, past_key_values=cache)
+        cache.check_integrity()
+        cache.reset()
+        ours = generate(tree_llama, inputs, past_key_values=cache)
+        assert_same(ours, generate(tree_llama, inputs))
 
 
 def test_empty_prompt_is_refused(tree_llama: PreTrainedModel) -> None:
@@ -702,6 +755,11 @@ def test_implementation_set_by_hand_is_right_too(name: str) -> None:
 # Masks
 
 
+@pytest.fixture(params=[True, False], ids=["tree attention", "stock attention"])
+def tree(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
 HOLES = {
     "holes": lambda mask: mask.index_fill(1, torch.tensor([20, 21, 30]), 0),
     "right padding": lambda mask: mask.flip(1),
@@ -712,7 +770,7 @@ HOLES = {
 
 @pytest.mark.parametrize("hide", HOLES.values(), ids=HOLES)
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
-def test_masks_that_hide_more_than_left_padding(name: str, hide: Any, llama_how: bool) -> None:
+def test_masks_that_hide_more_than_left_padding(name: str, hide: Any, tree: bool) -> None:
     each, inputs = model(name), prompts(name)
     inputs["attention_mask"] = hide(inputs["attention_mask"])
     mask = torch.cat([inputs["attention_mask"], torch.ones(2, 4, dtype=torch.int64)], 1)
@@ -725,7 +783,7 @@ def test_masks_that_hide_more_than_left_padding(name: str, hide: Any, llama_how:
 
     cache = tree_cache()
     theirs = logits(DynamicCache(config=each.config))
-    with enable_tree_attention(each) if llama_how else nullcontext():
+    with enable_tree_attention(each) if tree else nullcontext():
         ours = logits(cache)
     cache.check_integrity()
     real = inputs["attention_mask"].bool()
@@ -733,9 +791,17 @@ def test_masks_that_hide_more_than_left_padding(name: str, hide: Any, llama_how:
     torch.testing.assert_close(ours[1:], theirs[1:], rtol=0, atol=TOLERANCE)
 
 
-@pytest.fixture(params=[True, False], ids=["tree attention", "stock attention"])
-def llama_how(request: pytest.FixtureRequest) -> bool:
-    return request.param
+def test_mask_that_changes_while_decoding(llama: PreTrainedModel) -> None:
+    """As experiments do that drop tokens from a long past."""
+    ids = prompts(num_rows=1)["input_ids"]
+    cache, dense = tree_cache(), DynamicCache()
+    mask = torch.ones(1, COLUMNS + 1, dtype=torch.int64)
+    mask[:, 3:20] = 0
+    logits = []
+    for each in (cache, dense):
+        forward(llama, each, ids)
+        logits.append(forward(llama, each, torch.full((1, 1), 9), mask))
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", ["bool", "float"])

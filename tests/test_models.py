@@ -166,15 +166,17 @@ def test_wide_beams(name: str, how: str) -> None:
 
 @varied
 def test_prefill_in_chunks(name: str, how: str) -> None:
-    inputs = prompts(name)
+    inputs = prompts(name, num_rows=3)
     options = {"do_sample": True, "num_return_sequences": 3}
     theirs = generate(model(name), inputs, **options)
     ours, cache = run_with_tree(name, model(name), how, inputs, prefill_chunk_size=7, **options)
     assert_same(ours, theirs)
     assert not set(cache.dense_reads) or how == "stock attention"
     stats = cache.stats()
-    assert stats.prefill_tokens_asked == 6 * COLUMNS
-    assert stats.prefill_tokens_computed == (2 if how == "tree attention" else 6) * COLUMNS
+    assert stats.prefill_tokens_asked == 9 * COLUMNS
+    if how == "tree attention":
+        # The first chunk of two prompts is nothing but padding, and so the same.
+        assert stats.prefill_tokens_computed == 3 * COLUMNS - 7
 
 
 def crops(cache_class: type, monkeypatch: pytest.MonkeyPatch) -> list[int]:

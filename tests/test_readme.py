@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_floors import FLOORS, modules_of
 
 from benchmarks import report
 
@@ -126,3 +127,11 @@ def test_report_writes_then_agrees_and_notices_an_edit(tmp_path: Path) -> None:
     readme.write_text("no markers", encoding="utf-8")
     with pytest.raises(SystemExit, match="markers"):
         report.main(root)
+
+
+def test_architecture_lists_every_module_on_its_floor() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| `([\w/]+)` \|", text, flags=re.MULTILINE)
+    drawn = {module.replace("/", "."): int(floor) for floor, module in rows}
+    modules = modules_of(ROOT / "hf_tree_cache")
+    assert drawn == {module: FLOORS[module] for module in modules}

@@ -68,7 +68,7 @@ def tree_attention_forward(
         window, obstacle = _find_obstacle(module, query, kv, attention_mask, dropout, kwargs)
         if obstacle is None:
             out, _ = run_tree_attention(
-                query,
+                query.detach(),
                 kv.storage,
                 kv.layer,
                 kv.step.plan,
@@ -78,7 +78,7 @@ def tree_attention_forward(
                 softcap=softcap,
                 sinks=s_aux,
             )
-            return out.transpose(1, 2), None
+            return kv.guard(out).transpose(1, 2), None
         key, value = kv.dense(obstacle)
     return _dense_attention(
         module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, kwargs
@@ -94,6 +94,7 @@ def tree_attention_mask(**arguments: Any) -> TreeMask | None:
     mask = TreeMask(arguments)
     recognised, window = mask.pattern
     plain = recognised and window is None and mask.padding is None
+    plain = plain and arguments.get("allow_is_causal_skip", True)
     q_length, kv_length = arguments["q_length"], arguments["kv_length"]
     if plain and (q_length == 1 or q_length == kv_length):
         return None

@@ -219,6 +219,7 @@ class TreeCache(Cache):
                 raise
         storage = layer.storage
         assert storage is not None
+        keys, values = keys.to(spec.dtype), values.to(spec.dtype)
         slots, source = step.write_index(storage)
         storage.write(layer.position, slots, source, keys.detach(), values.detach())
         step.written.add(id(layer))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -66,7 +66,9 @@ class EnabledTreeAttention:
         self._model = model
         self._previous = [(c, c._attn_implementation_internal) for c in _configs(model)]
         _set_implementation(model)
-        hooks = _Hooks(replace_default_cache)
+        if replace_default_cache:
+            model._prepare_cache_for_generation = _with_tree_cache(model)
+        hooks = _Hooks()
         self._handles = [
             model.register_forward_pre_hook(hooks, with_kwargs=True),
             model.register_forward_hook(hooks.after, with_kwargs=True, always_call=True),
@@ -79,6 +81,7 @@ class EnabledTreeAttention:
         for config, implementation in self._previous:
             config._attn_implementation_internal = implementation
         self._handles, self._previous = [], []
+        self._model.__dict__.pop("_prepare_cache_for_generation", None)
 
     def __enter__(self) -> EnabledTreeAttention:
         return self
@@ -90,6 +93,22 @@ class EnabledTreeAttention:
         trace: TracebackType | None,
     ) -> None:
         self.disable()
+
+
+def _with_tree_cache(model: PreTrainedModel) -> Callable[..., Any]:
+    """``generate``'s choice of a cache, but a TreeCache where it makes a plain default one."""
+    prepare = model._prepare_cache_for_generation
+
+    def choose(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any):
+        given = model_kwargs.get("past_key_values")
+        result = prepare(generation_config, model_kwargs, *args, **kwargs)
+        made: Any = model_kwargs.get("past_key_values")
+        plain = type(made) is DynamicCache and not made.offloading
+        if given is None and plain and not generation_config.is_assistant:
+            model_kwargs["past_key_values"] = TreeCache()
+        return result
+
+    return choose
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:
@@ -133,21 +152,13 @@ class _Collapsed:
 class _Hooks:
     """The pair of hooks around a model's forward. Holds only what one forward hands to its end."""
 
-    def __init__(self, replace_default_cache: bool) -> None:
-        self._replace_default_cache = replace_default_cache
+    def __init__(self) -> None:
         self._open: list[tuple[TreeCache | None, _Collapsed | None]] = []
 
     def __call__(
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         cache: Any = kwargs.get("past_key_values")
-        if (
-            self._replace_default_cache
-            and type(cache) is DynamicCache
-            and cache.get_seq_length() == 0
-            and not model.config.is_encoder_decoder
-        ):
-            cache = kwargs["past_key_values"] = TreeCache()
         self._open.append((None, None))
         if isinstance(cache, EncoderDecoderCache):
             inner = cache.self_attention_cache
@@ -172,18 +183,19 @@ class _Hooks:
     def after(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        cache, collapsed = self._open.pop()
+        # A pre-hook before ours may have failed; torch then calls this one all the same.
+        cache, collapsed = self._open.pop() if self._open else (None, None)
         if cache is None:
             return output
         if output is None:
             cache.rollback()
         else:
             cache.finish()
-        if collapsed is not None:
+        if collapsed is None:
+            return output
+        if cache.rows:
             cache.select(collapsed.inverse)
-            if output is not None:
-                return _expand_output(output, collapsed)
-        return output
+        return None if output is None else _expand_output(output, collapsed)
 
 
 class _Forward:
@@ -216,12 +228,12 @@ class _Forward:
                 "The forward has no tokens: an empty prompt, or a prompt that is cached already."
             )
         before = cache.get_seq_length()
-        reads_mask = num_new > 1 or before == 0
-        if not reads_mask:
-            fits = self.mask is None or self.mask.shape[1] == before + 1
-            cache.begin(asked, 1, padding_known=fits)
+        if num_new == 1 and before:
+            odd = self._hides_more_than_padding(before)
+            cache.begin(asked, 1, padding_known=not odd, odd_mask=odd)
             return None
-        self._reject_repeated_prompt(before, num_new)
+        if before:
+            self._reject_repeated_prompt(before, num_new)
         collapsed = self._collapse(asked) if num_new > 1 else None
         mask = None if self.mask is None else self.mask.bool().cpu()
         num_rows = asked if collapsed is None else collapsed.num_computed
@@ -241,28 +253,51 @@ class _Forward:
             raise
         return collapsed
 
+    def _hides_more_than_padding(self, before: int) -> bool:
+        """Whether the mask of a decoding step hides stored tokens.
+
+        On a GPU reading it would wait for the device at every token: there masks may only grow.
+        """
+        if self.mask is None:
+            return False
+        if self.mask.shape[1] != before + 1:
+            return True
+        if self.mask.device.type != "cpu":
+            return False
+        lengths = self.cache.tree.row_lengths()
+        return int(self.mask.sum()) * len(lengths) != len(self.mask) * (sum(lengths) + len(lengths))
+
     def _reject_repeated_prompt(self, before: int, num_new: int) -> None:
+        """A prompt that begins again would be appended to itself, and nobody would notice."""
         positions = self.kwargs.get("position_ids")
-        if before != num_new or self.mask is None or self.mask.shape[1] != num_new:
+        if self.mask is not None:
+            again = self.mask.shape[1] < before + num_new
+        elif isinstance(positions, torch.Tensor) and positions.ndim == 2:
+            again = int(positions[:, 0].min()) < min(self.cache.tree.row_lengths(), default=0)
+        else:
             return
-        if positions is None or bool((positions[..., 0] == 0).any()):
+        if again:
             raise InvalidArgument(
-                f"All {before} tokens of this prompt are cached already, so the forward would "
-                "append them a second time. Call cache.crop(-1) to compute its last token again, "
-                "cache.reset() to start over, or add new tokens to the prompt."
+                f"The forward brings {num_new} tokens that begin before the {before} columns that are "
+                "cached already, so a prompt would be appended to itself. To compute its last token "
+                "again call cache.crop(-1), to start over call cache.reset(), to go on pass the "
+                "whole conversation, longer than what is cached."
             )
 
     def _collapse(self, num_rows: int) -> _Collapsed | None:
         """Keep the first of each set of equal rows, in the arguments and in the cache."""
         tree = self.cache.tree
         batched = self._batched_arguments(num_rows)
-        if batched is None or (tree.rows and len(tree.rows) != num_rows):
+        have = len(tree.rows)
+        if batched is None or (have and num_rows % have):
             return None
+        # A cache with fewer rows would be forked, each row into neighbours.
+        fan_out = num_rows // have if have else 1
         contents = [
             value.movedim(dim, 0).reshape(num_rows, -1).cpu().numpy()
             for value, dim in batched.values()
         ]
-        pasts = [id(tip) for tip in tree.tips()] or [0] * num_rows
+        pasts = [id(tip) for tip in tree.tips() for _ in range(fan_out)] or [0] * num_rows
         computed: dict[tuple[Any, ...], int] = {}
         first: list[int] = []
         inverse: list[int] = []
@@ -277,8 +312,8 @@ class _Forward:
         for name, (value, dim) in batched.items():
             index = torch.tensor(first, device=value.device)
             self._replace(name, value.index_select(dim, index))
-        if tree.rows:
-            self.cache.select(first)
+        if have:
+            self.cache.select([row // fan_out for row in first])
         return _Collapsed(inverse, len(first))
 
     def _batched_arguments(self, num_rows: int) -> dict[str, tuple[torch.Tensor, int]] | None:

@@ -165,8 +165,9 @@ class TreeMask(_Materialising):
                 moved["device"] = torch.device(device)
         return TreeMask(moved)
 
-    def contiguous(self) -> TreeMask:
-        return self
+    def contiguous(self) -> torch.Tensor:
+        """The tensor: ``generate`` asks so for the mask of a static cache."""
+        return self.dense().contiguous()
 
     def __repr__(self) -> str:
         recognised, window = self.pattern

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 
 from ..attention.plan import TreeAttentionPlan
-from ..errors import StaleHandle
+from ..errors import StaleHandle, UnsupportedModel
 from ..memory.storage import KVStorage, SlabIndex
 
 UNKNOWN_READER = "read outside of tree attention"
@@ -170,5 +171,25 @@ class LayerKV:
                     "cache.layers[i].keys."
                 )
             self.on_dense(reason)
-            self._dense = gather_dense(self.step.dense_view, self.storage, self.layer)
+            keys, values = gather_dense(self.step.dense_view, self.storage, self.layer)
+            self._dense = self.guard(keys), self.guard(values)
         return self._dense
+
+    def guard(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor``, made of stored K/V: a backward through it says why there is no gradient."""
+        if torch.is_grad_enabled() and self.new[0].requires_grad:
+            return _WithoutGradient.apply(tensor, self.new[0])
+        return tensor
+
+
+class _WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise UnsupportedModel(
+            "backward through a TreeCache with a past: stored K/V have no gradient. Use a "
+            "DynamicCache to train through a cache, or torch.no_grad() to generate."
+        )

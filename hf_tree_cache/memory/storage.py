@@ -23,18 +23,21 @@ class KVSpec:
 
     @classmethod
     def of(cls, keys: torch.Tensor, values: torch.Tensor) -> KVSpec:
-        """The spec of ``keys`` ``[B, Hkv, T, Dk]`` and ``values`` ``[B, Hkv, T, Dv]``."""
+        """The spec of ``keys`` ``[B, Hkv, T, Dk]`` and ``values`` ``[B, Hkv, T, Dv]``.
+
+        Both are stored in the wider of their dtypes: under autocast they may differ.
+        """
         if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
             raise StorageMismatch(
                 f"update got keys {tuple(keys.shape)} and values {tuple(values.shape)}; expected "
                 "[batch, kv heads, tokens, head dim] for both, equal in the first three."
             )
-        if keys.dtype != values.dtype or keys.device != values.device:
+        if keys.device != values.device:
             raise StorageMismatch(
-                f"update got {keys.dtype} keys on {keys.device} and {values.dtype} values on "
-                f"{values.device}; they must agree."
+                f"update got keys on {keys.device} and values on {values.device}; they must agree."
             )
-        return cls(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device)
+        dtype = torch.promote_types(keys.dtype, values.dtype)
+        return cls(keys.shape[1], keys.shape[3], values.shape[3], dtype, keys.device)
 
     def block_bytes(self, block_size: int) -> int:
         """Bytes of K and V of one block in one layer."""
