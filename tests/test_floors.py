@@ -36,7 +36,8 @@ FLOORS = {
     "generation.output": 6,
     "integration.cache": 7,
     "integration.attention": 7,
-    "integration.enable": 8,
+    "integration.prepare": 8,
+    "integration.enable": 9,
     "generation.batch": 8,
     "generation.loop": 9,
 }

@@ -1,0 +1,216 @@
+"""What has to be done around one forward over a TreeCache: read, collapse, begin; then expand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import InvalidArgument
+from .cache import TreeCache
+
+
+@dataclass
+class Collapsed:
+    """What the hook after a forward has to expand again.
+
+    Attributes:
+        inverse: computed row of each row of the caller.
+        num_computed: U, rows that went through the model.
+    """
+
+    inverse: list[int]
+    num_computed: int
+
+
+class Forward:
+    """The arguments of one forward over a TreeCache, made ready for it."""
+
+    def __init__(self, cache: TreeCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.cache = cache
+        self.args = args
+        self.kwargs = kwargs
+
+    @property
+    def ids(self) -> torch.Tensor | None:
+        return self.args[0] if self.args else self.kwargs.get("input_ids")
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """The 2-D attention mask, if there is one."""
+        mask = self.kwargs.get("attention_mask")
+        return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+
+    def prepare(self) -> Collapsed | None:
+        """Collapse equal rows, read the padding, and decide the step. Decoding reads nothing."""
+        cache = self.cache
+        inputs = self.ids if self.ids is not None else self.kwargs.get("inputs_embeds")
+        if inputs is None:
+            return None
+        asked, num_new = inputs.shape[:2]
+        if num_new == 0:
+            raise InvalidArgument(
+                "The forward has no tokens: an empty prompt, or a prompt that is cached already."
+            )
+        before = cache.get_seq_length()
+        if num_new == 1 and before:
+            odd = self._hides_more_than_padding(before)
+            cache.begin(asked, 1, padding_known=not odd, odd_mask=odd)
+            return None
+        if before:
+            self._reject_repeated_prompt(before, num_new)
+        collapsed = self._collapse(asked) if num_new > 1 else None
+        mask = None if self.mask is None else self.mask.bool().cpu()
+        num_rows = asked if collapsed is None else collapsed.num_computed
+        counts, odd = _read_padding(cache, mask, num_rows, num_new, before)
+        try:
+            cache.begin(
+                num_rows,
+                num_new,
+                counts=counts,
+                asked_rows=asked,
+                padding_known=not odd,
+                odd_mask=odd,
+            )
+        except BaseException:
+            if collapsed is not None and before:
+                cache.select(collapsed.inverse)
+            raise
+        return collapsed
+
+    def _hides_more_than_padding(self, before: int) -> bool:
+        """Whether the mask of a decoding step hides stored tokens.
+
+        On a GPU reading it would wait for the device at every token: there masks may only grow.
+        """
+        if self.mask is None:
+            return False
+        if self.mask.shape[1] != before + 1:
+            return True
+        if self.mask.device.type != "cpu":
+            return False
+        lengths = self.cache.tree.row_lengths()
+        return int(self.mask.sum()) * len(lengths) != len(self.mask) * (sum(lengths) + len(lengths))
+
+    def _reject_repeated_prompt(self, before: int, num_new: int) -> None:
+        """A prompt that begins again would be appended to itself, and nobody would notice."""
+        positions = self.kwargs.get("position_ids")
+        if self.mask is not None:
+            again = self.mask.shape[1] < before + num_new
+        elif isinstance(positions, torch.Tensor) and positions.ndim == 2:
+            again = int(positions[:, 0].min()) < min(self.cache.tree.row_lengths(), default=0)
+        else:
+            return
+        if again:
+            raise InvalidArgument(
+                f"The forward brings {num_new} tokens that begin before the end of the {before} "
+                "columns that are cached already, so a prompt would be appended to itself. To "
+                "compute its last token again call cache.crop(-1), to start over cache.reset(), "
+                "to go on pass the whole conversation, longer than what is cached."
+            )
+
+    def _collapse(self, num_rows: int) -> Collapsed | None:
+        """Keep the first of each set of equal rows, in the arguments and in the cache."""
+        tree = self.cache.tree
+        batched = self._batched_arguments(num_rows)
+        have = len(tree.rows)
+        if batched is None or (have and num_rows % have):
+            return None
+        # A cache with fewer rows would be forked, each row into neighbours.
+        fan_out = num_rows // have if have else 1
+        contents = [
+            value.movedim(dim, 0).reshape(num_rows, -1).cpu().numpy()
+            for value, dim in batched.values()
+        ]
+        pasts = [id(tip) for tip in tree.tips() for _ in range(fan_out)] or [0] * num_rows
+        computed: dict[tuple[Any, ...], int] = {}
+        first: list[int] = []
+        inverse: list[int] = []
+        for row, past in enumerate(pasts):
+            content = (past, *(rows[row].tobytes() for rows in contents))
+            if content not in computed:
+                computed[content] = len(first)
+                first.append(row)
+            inverse.append(computed[content])
+        if len(first) == num_rows:
+            return None
+        for name, (value, dim) in batched.items():
+            index = torch.tensor(first, device=value.device)
+            self._replace(name, value.index_select(dim, index))
+        if have:
+            self.cache.select([row // fan_out for row in first])
+        return Collapsed(inverse, len(first))
+
+    def _batched_arguments(self, num_rows: int) -> dict[str, tuple[torch.Tensor, int]] | None:
+        """Arguments with a batch, and where they have it; None when rows must not be collapsed."""
+        if num_rows < 2 or self.ids is None or len(self.args) > 1 or torch.is_grad_enabled():
+            return None
+        if self.kwargs.get("labels") is not None or self.kwargs.get("output_router_logits"):
+            return None
+        batched = {"input_ids": (self.ids, 0)}
+        for name, value in self.kwargs.items():
+            if isinstance(value, (Mapping, list, tuple)) and value:
+                return None
+            if not isinstance(value, torch.Tensor):
+                continue
+            # Pictures and the like: which row they belong to, only the model knows.
+            if value.is_floating_point():
+                return None
+            dim = _batch_dim(name, value, num_rows)
+            if dim is not None:
+                batched[name] = value, dim
+        return batched
+
+    def _replace(self, name: str, value: torch.Tensor) -> None:
+        if name == "input_ids" and self.args:
+            self.args = (value,)
+        else:
+            self.kwargs[name] = value
+
+
+def _batch_dim(name: str, value: torch.Tensor, num_rows: int) -> int | None:
+    """Where a forward argument has its batch; None when it has none."""
+    if name == "position_ids" and value.ndim == 3:
+        return 1 if value.shape[1] == num_rows else None
+    return 0 if value.ndim and value.shape[0] == num_rows else None
+
+
+def _read_padding(
+    cache: TreeCache, mask: torch.Tensor | None, num_rows: int, num_new: int, before: int
+) -> tuple[list[int] | None, bool]:
+    """(new tokens of each row or None for T each, whether more is hidden than left padding)."""
+    if mask is None or mask.shape[0] != num_rows:
+        return None, mask is not None
+    lengths = cache.tree.row_lengths() or [0] * num_rows
+    if mask.shape[1] != before + num_new or len(lengths) != num_rows:
+        return None, not bool(mask.all())
+    hidden = (~mask).sum(1)
+    leading = (mask.cumsum(1) == 0).sum(1)
+    odd = bool((hidden != leading).any())
+    past = torch.tensor(lengths)
+    # Padding behind a stored token cannot be left out any more: it is stored, and masked.
+    new = torch.where(past == 0, (before + num_new - leading).clamp_max(num_new), num_new)
+    expected = before - past
+    odd |= bool(((past > 0) & (leading != expected)).any())
+    return new.tolist(), odd
+
+
+def expand_output(output: Any, collapsed: Collapsed) -> Any:
+    """Give every row of the caller its outputs back: repeat along the batch whatever has one."""
+
+    def expand(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            if value.ndim < 2 or value.shape[0] != collapsed.num_computed:
+                return value
+            return value.index_select(0, torch.tensor(collapsed.inverse, device=value.device))
+        if type(value) in (tuple, list):
+            return type(value)(expand(item) for item in value)
+        return value
+
+    if isinstance(output, tuple):
+        return expand(output)
+    for key in list(output.keys()):
+        output[key] = expand(output[key])
+    return output
