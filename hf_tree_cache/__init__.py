@@ -27,6 +27,7 @@ from .generation.processors import (
 )
 from .generation.record import GenerationTree
 from .integration.cache import TreeCache
+from .integration.disk import load_cache, save_cache
 from .integration.enable import EnabledTreeAttention, enable_tree_attention
 from .integration.stats import TreeCacheStats
 
@@ -60,5 +61,7 @@ __all__ = [
     "TreeGenerateStats",
     "UnsupportedModel",
     "enable_tree_attention",
+    "load_cache",
+    "save_cache",
     "tree_generate",
 ]

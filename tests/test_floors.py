@@ -36,6 +36,7 @@ FLOORS = {
     "generation.output": 6,
     "integration.cache": 7,
     "integration.attention": 7,
+    "integration.disk": 8,
     "integration.prepare": 8,
     "integration.enable": 9,
     "generation.batch": 8,

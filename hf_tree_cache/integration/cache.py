@@ -326,8 +326,7 @@ class TreeCache(Cache):
 
     def _attach(self, layer: PagedLayer, spec: KVSpec) -> None:
         """Give ``layer`` a place among all layers like it."""
-        assert self._step is not None
-        if self._step.before:
+        if self._step is not None and self._step.before:
             raise UnsupportedModel(
                 f"A layer wrote its first K/V after {self._step.before} columns: its past is "
                 "missing. Pass TreeCache(model.config), or report the model."
@@ -561,6 +560,41 @@ class TreeCache(Cache):
         raise UnsupportedModel("TreeCache does not offload to the CPU; bound it with max_memory.")
 
     prefetch = offload
+
+    def restore(
+        self, tree_state: Any, columns: int, kv: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
+        """Fill a new, configured cache with what another one held; see :mod:`.disk`.
+
+        Args:
+            tree_state: of :meth:`BranchTree.to_state`, its blocks numbered from 0 on.
+            columns: of the other cache.
+            kv: by layer, K and V of all blocks, ``[n, block_size, Hkv, D]``.
+
+        Raises:
+            InvalidArgument: the parts do not fit each other or this cache.
+            OutOfBlocks: no room.
+        """
+        layers = {i: x for i, x in enumerate(self.layers) if isinstance(x, PagedLayer)}
+        if self.tree.branches or set(layers) != set(kv):
+            raise InvalidArgument(
+                f"restore: a new cache of {len(layers)} layers with K/V is needed; this one has "
+                f"{len(self.tree.branches)} branches, and {len(kv)} layers were given."
+            )
+        self.tree = BranchTree.from_state(self.block_size, self.tree.allocator, tree_state)
+        num_blocks = self.tree.allocator.num_blocks
+        for i, (keys, values) in kv.items():
+            if keys.shape[:2] != (num_blocks, self.block_size):
+                raise InvalidArgument(
+                    f"restore: layer {i} has K of {tuple(keys.shape)} for {num_blocks} blocks."
+                )
+            spec = KVSpec.of(keys.transpose(1, 2), values.transpose(1, 2))
+            self._attach(layers[i], spec)
+            storage = layers[i].storage
+            assert storage is not None
+            storage.load(layers[i].position, keys, values)
+        self._columns = columns
+        self.check_integrity()
 
     def __repr__(self) -> str:
         return (

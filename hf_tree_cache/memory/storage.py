@@ -126,6 +126,10 @@ class KVStorage:
         self._v_blocks: list[torch.Tensor] = []
 
     @property
+    def _slab_slots(self) -> int:
+        return self.slab_blocks * self.block_size
+
+    @property
     def num_blocks(self) -> int:
         """Blocks that there is room for."""
         return len(self._k_slabs) * self.slab_blocks
@@ -205,6 +209,11 @@ class KVStorage:
             for slab, local, where in slots.parts:
                 part = tokens if where is None else tokens.index_select(0, where)
                 slabs[slab][layer].index_copy_(0, local, part)
+
+    def load(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Fill blocks ``0 .. n - 1`` of one layer with ``k [n, S, Hkv, Dk]`` and ``v``."""
+        slots = SlabIndex.of(range(k.shape[0] * k.shape[1]), self._slab_slots, self.spec.device)
+        self.write(layer, slots, None, *(x.flatten(0, 1).transpose(0, 1)[None] for x in (k, v)))
 
     def copy(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, ``(source, destination)``, in all layers at once."""

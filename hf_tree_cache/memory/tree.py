@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import NewType
+from typing import Any, NewType
 
 from ..errors import IntegrityError, InvalidArgument, OutOfBlocks, StaleBranch
 from .allocator import PhysicalKVAllocator
@@ -333,6 +333,49 @@ class BranchTree:
         twin.num_forks, twin.num_prunes = self.num_forks, self.num_prunes
         twin.num_copies, twin.topology_version = self.num_copies, self.topology_version
         return twin
+
+    def to_state(self) -> dict[str, Any]:
+        """All of the tree as lists of ints, for :meth:`from_state`."""
+        nodes = list(self.nodes())
+        index = {node: i for i, node in enumerate(nodes)} | {self._root: -1}
+        return {
+            "nodes": [[index[n.parent], n.start, n.end, n.blocks] for n in nodes if n.parent],
+            "tips": [[branch, index[node]] for branch, node in self._tips.items()],
+            "rows": list(self.rows),
+        }
+
+    @classmethod
+    def from_state(cls, block_size: int, allocator: PhysicalKVAllocator, state: Any) -> BranchTree:
+        """The tree that :meth:`to_state` described, with the same blocks and branches.
+
+        Args:
+            allocator: an unused one; it hands out the blocks ``0 .. n - 1`` that the state names.
+
+        Raises:
+            InvalidArgument: the state does not describe a tree.
+        """
+        tree = cls(block_size, allocator)
+        try:
+            owned = [block for *_, blocks in state["nodes"] for block in blocks]
+            if set(owned) != set(range(len(set(owned)))):
+                raise ValueError("blocks are not numbered from 0 on")
+            allocator.allocate(len(set(owned)))
+            made = [tree._root]
+            for parent, start, end, blocks in state["nodes"]:
+                node = Node(made[parent + 1], start, end, list(blocks))
+                made[parent + 1].children.add(node)
+                made.append(node)
+            allocator.acquire(owned)
+            allocator.release(range(len(set(owned))))
+            for branch, node_index in state["tips"]:
+                tree._tips[Branch(branch)] = made[node_index + 1]
+                made[node_index + 1].refs += 1
+            tree.rows = [Branch(branch) for branch in state["rows"]]
+            tree._next_id = 1 + max(tree._tips, default=-1)
+            tree.check_integrity()
+        except (IntegrityError, LookupError, TypeError, ValueError) as error:
+            raise InvalidArgument(f"BranchTree.from_state: this is no tree: {error}") from error
+        return tree
 
     def check_integrity(self) -> None:
         """Verify every invariant of the tree and of the allocator below it.
