@@ -4,6 +4,7 @@ VENV ?= .venv
 VENV_MIN ?= .venv-min
 # Further arguments: PYTEST_ARGS="-k fork -x", PIP_ARGS="--index-url ..."
 PYTEST_ARGS ?=
+WORKERS ?= 2
 PIP_ARGS ?=
 
 TORCH := $(shell grep '^torch==' constraints.txt)
@@ -24,10 +25,10 @@ weights: $(VENV)/.installed  ## SmolLM2-135M-Instruct in the user's cache folder
 	@$(BIN)/python examples/weights.py
 
 test: weights  ## tests on CPU with the newest transformers
-	$(BIN)/python -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not gpu and not slow" $(PYTEST_ARGS)
 
 test-min: weights $(VENV_MIN)/.installed  ## core tests with the oldest supported transformers
-	$(VENV_MIN)/bin/python -m pytest -m "core and not gpu and not slow" $(PYTEST_ARGS)
+	$(VENV_MIN)/bin/python -m pytest -n $(WORKERS) -m "core and not gpu and not slow" $(PYTEST_ARGS)
 
 test-gpu:  ## GPU tests in the current environment, which needs torch with CUDA and pytest
 	$(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)

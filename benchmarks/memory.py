@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import random
 import sys
 import time
@@ -161,19 +162,28 @@ def measure_forks(report: Report, repeats: int) -> None:
 def measure_select(report: Report, repeats: int) -> None:
     rng = random.Random(0)
     rows = 5_000
-    tree = grown(1_000, rows)
     ceiling = timed(lambda: list(range(rows)), lambda _: None, repeats)["median"]
-    for name, indices in [
-        ("like a beam", rng.choices(range(rows), k=rows)),
-        ("in another order", rng.sample(range(rows), rows)),
-        ("from one row", [0] * rows),
+    everyone = range(rows)
+    for name, draw in [
+        ("like a beam", lambda: rng.choices(everyone, k=rows)),
+        ("in another order", lambda: rng.sample(everyone, rows)),
+        ("from one row", lambda: [0] * rows),
     ]:
-        times = []
-        for _ in range(max(5, repeats // 10)):
+        tree = grown(1_000, rows)
+        selects, appends = [], []
+        gc.collect()
+        for _ in range(max(20, repeats // 5)):
+            indices = draw()
+            marks = [time.perf_counter_ns()]
             tree.append([1] * rows)
-            times.append(timed(lambda: tree.select(indices), lambda _: None, 1)["median"])  # noqa: B023
-        us = quantiles(times)
+            marks.append(time.perf_counter_ns())
+            tree.select(indices)
+            marks.append(time.perf_counter_ns())
+            appends.append((marks[1] - marks[0]) / 1_000)
+            selects.append((marks[2] - marks[1]) / 1_000)
+        us = quantiles(selects)
         report.add(f"select of {rows:,} rows, {name}", us, ceiling_us=ceiling, target_us=10_000)
+        report.add(f"  append after a select {name}", quantiles(appends[1:]), ceiling_us=ceiling)
         tree.check_integrity()
 
 
@@ -222,6 +232,7 @@ def main() -> None:
     done = {
         "benchmark": "memory",
         "environment": environment(),
+        "load_average": round(os.getloadavg()[0], 1),
         "block_size": BLOCK_SIZE,
         "repeats": options.repeats,
         "results": report.results,

@@ -23,6 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# Threads that spin while they wait make a busy machine many times slower; read when torch loads.
+os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "1000")
+
 import torch
 import transformers
 from tqdm.auto import tqdm

@@ -10,6 +10,11 @@ import pytest
 import torch
 
 
+# Workers side by side share the cores; tiny models are faster on one thread anyway.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

@@ -189,21 +189,29 @@ class BranchTree:
             raise InvalidArgument(
                 f"select: indices from {min(indices)} to {max(indices)} for {num_rows} rows."
             )
-        old, tips = self.rows, self._tips
-        named: set[int] = set()
+        # Thousands of rows at each step of a wide beam: no calls but where something is freed.
+        old, tips, next_id = self.rows, self._tips, self._next_id
+        named = bytearray(num_rows)
         rows: list[Branch] = []
         for index in indices:
             branch = old[index]
-            if index in named:
-                branch = self._new_branch(tips[branch])
-                self.num_forks += 1
-            else:
-                named.add(index)
+            if named[index]:
+                node = tips[branch]
+                node.refs += 1
+                branch = Branch(next_id)
+                tips[branch] = node
+                next_id += 1
+            named[index] = 1
             rows.append(branch)
-        self.rows = rows
-        for index, branch in enumerate(old):
-            if index not in named:
-                self._end(branch, tips[branch])
+        self.num_forks += next_id - self._next_id
+        self._next_id, self.rows = next_id, rows
+        for branch, kept in zip(old, named, strict=True):
+            if not kept:
+                node = tips.pop(branch)
+                node.refs -= 1
+                self.num_prunes += 1
+                if not node.refs:
+                    self._tidy(node)
         self.topology_version += 1
 
     def set_rows(self, branches: Sequence[Branch]) -> None:
