@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,12 +72,13 @@ def _cpu_notes(cpu: dict[str, Any]) -> list[str]:
     new = " or ".join(sorted({str(row["new_tokens"]) for row in rows}))
     different = [row for row in rows if not row["same_tokens"]]
     same = "the same in every row" if not different else f"**different in {len(different)} rows**"
-    return [
+    text = (
         f"DynamicCache → TreeCache, stock `generate`, {new} new tokens a branch, sampled tokens "
-        f"{same}. SmolLM2-135M in",
-        f"float32 on {where.get('cpu_count', '?')} CPU cores, torch {where.get('torch', '?')}, "
-        f"transformers {where.get('transformers', '?')} (`benchmarks/cpu_generate.py`).",
-    ]
+        f"{same}. SmolLM2-135M in float32 on {where.get('cpu_count', '?')} CPU cores, torch "
+        f"{where.get('torch', '?')}, transformers {where.get('transformers', '?')} "
+        "(`benchmarks/cpu_generate.py`)."
+    )
+    return textwrap.wrap(text, 100, break_on_hyphens=False)
 
 
 def _memory_sentence(memory: dict[str, Any]) -> str:
@@ -86,16 +88,20 @@ def _memory_sentence(memory: dict[str, Any]) -> str:
         for key, name in MEMORY_ROWS.items()
         if key in measured
     ]
-    missed = [row["name"] for row in memory["results"] if row["met"] is False]
-    tail = f" Targets missed: {'; '.join(missed)}." if missed else ""
-    return (
-        f"Host cost, medians: {'; '.join(said)}\n(`benchmarks/memory.py`, block size "
-        f"{memory['block_size']}).{tail}"
-    )
+    missed = [
+        f"{name} ({_microseconds(row['us']['median'])}, not {_microseconds(row['target_us'])})"
+        for name, row in measured.items()
+        if row["met"] is False
+    ]
+    text = f"Host cost, medians: {'; '.join(said)} (`benchmarks/memory.py`, block size "
+    text += f"{memory['block_size']})."
+    if missed:
+        text += f" **Targets missed:** {'; '.join(missed)}."
+    return textwrap.fill(text, 100, break_on_hyphens=False)
 
 
 def _microseconds(value: float) -> str:
-    return f"{value / 1000:.2f} ms" if value >= 1000 else f"{value:.3g} µs"
+    return f"{value / 1000:.3g} ms" if value >= 1000 else f"{value:.3g} µs"
 
 
 # The figure: a tree of six nodes over blocks of four tokens, laid out by hand, booked for real.

@@ -241,8 +241,8 @@ def show_branched(out: TreeGenerateOutput, tokenizer: Any, right: int, say: Any)
         say(f"   {line}")
     stats = out.stats
     say(
-        f"\n   {stats.tokens_generated} tokens generated for {len(out)} answers and "
-        f"{stats.prunes} pruned branches; apart they would be {stats.tokens_flat}"
+        f"\n   {stats.tokens_generated} tokens generated ({len(out)} branches finished, "
+        f"{stats.prunes} pruned); apart they would be {stats.tokens_flat}"
     )
     say(f"   {describe(votes_of(tokenizer, out.sequences[:, prompt:]), right)}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import re
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -629,6 +630,36 @@ def test_without_tree_attention_a_failed_forward_asks_for_rollback() -> None:
     cache.check_integrity()
 
 
+def test_rollback_leaves_a_complete_forward_alone() -> None:
+    """The failed forward had not come to its first layer, so there is nothing to undo."""
+    llama, inputs = model("llama"), prompts()
+    cache = tree_cache(config=llama.config)
+    prefill(llama, cache, inputs)
+    with FailsOnce(llama.model.layers[0], 1), pytest.raises(Broken):
+        forward(llama, cache, torch.full((2, 1), 9))
+    cache.rollback()
+    assert_continues(llama, cache, inputs["input_ids"], inputs["attention_mask"])
+
+
+def test_failure_behind_the_last_layer_undoes_the_forward(tree_llama: PreTrainedModel) -> None:
+    cache, inputs = tree_cache(), prompts()
+    prefill(tree_llama, cache, inputs)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.int64)], 1)
+    with FailsOnce(tree_llama.lm_head, 1), pytest.raises(Broken):
+        forward(tree_llama, cache, torch.full((2, 1), 9), mask)
+    assert_continues(tree_llama, cache, inputs["input_ids"], inputs["attention_mask"])
+
+
+def test_failure_of_a_fan_out_leaves_one_row(tree_llama: PreTrainedModel) -> None:
+    cache, inputs = tree_cache(), prompts(num_rows=1)
+    prefill(tree_llama, cache, inputs)
+    for more in (torch.full((4, 3), 9), torch.arange(12).view(4, 3) + 3):
+        with FailsOnce(tree_llama.model.layers[1].mlp, 1), pytest.raises(Broken):
+            forward(tree_llama, cache, more)
+        assert cache.batch_size == 1
+    assert_continues(tree_llama, cache, inputs["input_ids"])
+
+
 def test_handles_of_an_earlier_forward_are_stale(llama: PreTrainedModel) -> None:
     cache, inputs = tree_cache(), prompts(num_rows=1)
     prefill(llama, cache, inputs)
@@ -872,6 +903,65 @@ def test_mask_that_changes_while_decoding(llama: PreTrainedModel) -> None:
     torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=TOLERANCE)
 
 
+def test_holes_in_a_later_turn(llama: PreTrainedModel) -> None:
+    """Turns of different lengths, padded in the middle of the conversation."""
+    inputs, more = prompts(), torch.randint(3, 90, (2, 9))
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 9, dtype=torch.int64)], 1)
+    mask[0, COLUMNS : COLUMNS + 4] = 0
+    mask[1, -3:-1] = 0
+    cache, dense = tree_cache(), DynamicCache()
+    logits = []
+    for each in (cache, dense):
+        prefill(llama, each, inputs)
+        turn = forward(llama, each, more[:, :-1], mask[:, :-1])
+        logits.append([turn[mask[:, COLUMNS:-1] == 1], forward(llama, each, more[:, -1:], mask)])
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("cache_by_name", [False, True], ids=["all", "all but the cache"])
+def test_arguments_by_position(llama: PreTrainedModel, cache_by_name: bool) -> None:
+    inputs, more = prompts(), torch.full((2, 2), 9)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(more)], 1)
+
+    def call(cache: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        args = ids, mask, positions(mask, ids.shape[1])
+        with torch.no_grad():
+            if cache_by_name:
+                return llama(*args, past_key_values=cache).logits
+            return llama(*args, cache).logits
+
+    logits = []
+    for cache in (tree_cache(), DynamicCache()):
+        call(cache, inputs["input_ids"], inputs["attention_mask"])
+        logits.append(call(cache, more, mask))
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=TOLERANCE)
+
+
+def test_positions_of_the_callers_own(llama: PreTrainedModel) -> None:
+    """Two documents side by side behind a prefix: the second begins where the prefix ended."""
+    ids = prompts(num_rows=1)["input_ids"]
+    visible = torch.ones(COLUMNS, COLUMNS).tril().bool()
+    visible[30:, 15:30] = False
+    where = torch.cat([torch.arange(30), torch.arange(15, 30)])[None]
+
+    def logits(cache: Any) -> torch.Tensor:
+        parts = []
+        with torch.no_grad():
+            for part in (slice(0, 15), slice(15, 30), slice(30, 45)):
+                parts.append(
+                    llama(
+                        input_ids=ids[:, part],
+                        attention_mask=visible[None, None, part, : part.stop],
+                        position_ids=where[:, part],
+                        past_key_values=cache,
+                    ).logits
+                )
+        return torch.cat(parts, 1)
+
+    ours, theirs = logits(tree_cache()), logits(DynamicCache())
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_a_mask_of_the_callers_own(llama: PreTrainedModel, kind: str) -> None:
     """Prefix-LM style: the first ten tokens see each other, and some pairs do not."""
@@ -983,3 +1073,101 @@ def test_memory_cap_holds_until_it_is_hit(tree_llama: PreTrainedModel) -> None:
         prefill(tree_llama, short, inputs)
     short.check_integrity()
     assert short.stats().blocks == 0
+
+
+# Everything together
+
+
+class Walk:
+    """Random operations on a cache, and the tokens that its branches should hold by now."""
+
+    def __init__(self, model: PreTrainedModel, seed: int) -> None:
+        self.model = model
+        self.random = random.Random(seed)
+        self.cache = tree_cache(block_size=self.random.choice([1, 3, 4, 16]))
+        self.rows: list[list[int]] = [[] for _ in range(self.random.choice([1, 2, 3]))]
+        self.held: dict[int, list[int]] = {}
+        self.columns = 0
+
+    def forward(self, fails: bool = False, fan_out: int = 1) -> None:
+        """Some tokens for every row, often equal ones, with left padding where rows are empty."""
+        rows = [list(row) for row in self.rows for _ in range(fan_out)]
+        size = self.random.choice([1, 1, 1, 2, 3, 6, 17])
+        common = [self.random.randrange(3, 90) for _ in range(size)]
+        new = [common] * len(rows)
+        if self.random.random() < 0.4:
+            new = [[self.random.randrange(3, 90) for _ in range(size)] for _ in rows]
+        pads = [
+            0 if row or self.columns else self.random.choice([0, 0, 1, size // 2]) for row in rows
+        ]
+        pads[-1] = 0
+        ids = torch.tensor([[PAD] * p + t[p:] for p, t in zip(pads, new, strict=True)])
+        after = [row + t[p:] for row, p, t in zip(rows, pads, new, strict=True)]
+        mask = torch.zeros(len(rows), self.columns + size, dtype=torch.int64)
+        for row, tokens in enumerate(after):
+            mask[row, mask.shape[1] - len(tokens) :] = 1
+        if fails:
+            layer = self.random.choice([*self.model.model.layers, self.model.lm_head])
+            with FailsOnce(layer, 1), pytest.raises(Broken):
+                forward(self.model, self.cache, ids, mask)
+            return
+        logits = forward(self.model, self.cache, ids, mask)
+        self.rows, self.columns = after, mask.shape[1]
+        for row, tokens in enumerate(after):
+            count = size - pads[row]
+            want = forward(self.model, None, torch.tensor([tokens]))[0, len(tokens) - count :]
+            torch.testing.assert_close(logits[row, pads[row] :], want, rtol=0, atol=2 * TOLERANCE)
+
+    def select(self) -> None:
+        chosen = self.random.choices(range(len(self.rows)), k=self.random.randrange(1, 6))
+        self.cache.select(chosen)
+        self.rows = [list(self.rows[row]) for row in chosen]
+
+    def crop(self) -> None:
+        removed = self.random.randrange(min(self.columns, 9) + 1)
+        self.cache.crop(-removed)
+        self.columns -= removed
+        self.rows = [row[: max(0, len(row) - removed)] for row in self.rows]
+
+    def fork(self) -> None:
+        row = self.random.randrange(len(self.rows))
+        at = self.random.randrange(len(self.rows[row]) + 1)
+        for branch in self.cache.fork(self.cache.rows[row], 2, at=at):
+            self.held[branch] = self.rows[row][:at]
+
+    def set_rows(self) -> None:
+        known = dict(zip(self.cache.rows, self.rows, strict=True)) | self.held
+        chosen = self.random.sample(list(known), self.random.randrange(1, min(len(known), 5) + 1))
+        self.cache.set_rows(chosen)
+        self.rows = [list(known[branch]) for branch in chosen]
+        self.held = {branch: known[branch] for branch in known if branch not in chosen}
+        self.columns = max(len(row) for row in self.rows)
+
+    def prune(self) -> None:
+        if self.held:
+            branch = self.random.choice(list(self.held))
+            self.cache.prune(branch)
+            del self.held[branch]
+
+    def copy(self) -> None:
+        self.cache = copy.deepcopy(self.cache)
+
+    def step(self) -> None:
+        operations = [self.select, self.crop, self.fork, self.set_rows, self.prune, self.copy]
+        operations += [self.forward] * 5 + [lambda: self.forward(fails=True)]
+        if len(self.rows) < 4:
+            operations.append(lambda: self.forward(fan_out=2))
+        (self.random.choice(operations) if self.columns else self.forward)()
+        self.cache.check_integrity()
+        assert self.cache.get_seq_length() == self.columns
+        assert self.cache.tree.row_lengths() == [len(row) for row in self.rows]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_random_walk(name: str, seed: int) -> None:
+    with enabled(model(name)):
+        walk = Walk(model(name), seed)
+        for _ in range(25):
+            walk.step()
+    assert not walk.cache.dense_reads
