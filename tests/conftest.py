@@ -9,7 +9,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-
 # Workers side by side share the cores; tiny models are faster on one thread anyway.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

@@ -125,12 +125,19 @@ def build_plan(
     ):
         runs, starts, scratch = previous.runs, previous.tail_starts, previous.scratch
         scratch = {key: value for key, value in scratch.items() if isinstance(key[0], Run)}
+        known, was = previous.tail_blocks, previous.lengths
     else:
         runs, starts = _find_runs(tree, counts)
         scratch = {}
+        known, was = ((),) * len(lengths), (0,) * len(lengths)
+    # A tip that grew within its last block has the blocks it had.
     tails = tuple(
-        tuple(_blocks_from(tree, tip, start))
-        for tip, start in zip(tree.tips(), starts, strict=True)
+        blocks
+        if blocks and -(-length // size) == -(-before // size)
+        else tuple(_blocks_from(tree, tip, start))
+        for tip, start, length, blocks, before in zip(
+            tree.tips(), starts, lengths, known, was, strict=True
+        )
     )
     return TreeAttentionPlan(
         block_size=size,
@@ -187,6 +194,6 @@ def _blocks_from(tree: BranchTree, node: Node, position: int) -> list[int]:
         first = node.start // size
         skip = max(0, position // size - first)
         pieces.append(node.blocks[skip : limit - first])
-        limit = min(limit, first)
+        limit = first
         node = node.parent
     return [block for piece in reversed(pieces) for block in piece]

@@ -91,6 +91,9 @@ def tree_attention_mask(**arguments: Any) -> TreeMask | None:
     None where transformers' own sdpa mask would be: plain causal without padding, one query or no
     past.
     """
+    ready = arguments.get("attention_mask")
+    if isinstance(ready, TreeMask):  # generate makes it ahead for caches of fixed size
+        return ready
     mask = TreeMask(arguments)
     recognised, window = mask.pattern
     plain = recognised and window is None and mask.padding is None

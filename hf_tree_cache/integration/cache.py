@@ -247,6 +247,17 @@ class TreeCache(Cache):
         step = self._step
         if step is None or step.finished:
             return
+        layers = [layer for layer in self.layers if isinstance(layer, PagedLayer)]
+        if self._configured and all(id(layer) in step.written for layer in layers):
+            self.finish()
+            return
+        self.abandon()
+
+    def abandon(self) -> None:
+        """As :meth:`rollback`, also where every layer has written: what came after them failed."""
+        step = self._step
+        if step is None or step.finished:
+            return
         self._undo()
         others = OtherLayers(self.layers)
         if step.before == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -144,17 +145,20 @@ class _Hooks:
     def __call__(
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        cache: Any = kwargs.get("past_key_values")
         self._open.append((None, None))
+        if args:
+            names = inspect.signature(model.forward).parameters
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        cache: Any = kwargs.get("past_key_values")
         if isinstance(cache, EncoderDecoderCache):
             inner = cache.self_attention_cache
             if isinstance(inner, TreeCache):
                 inner.advise = False
                 inner.configure(model.config)
                 self._open[-1] = (inner, None)
-            return args, kwargs
+            return (), kwargs
         if not isinstance(cache, TreeCache):
-            return args, kwargs
+            return (), kwargs
         if model.config.is_encoder_decoder:
             raise UnsupportedModel(
                 f"{type(model).__name__} is an encoder-decoder: pass past_key_values="
@@ -162,9 +166,9 @@ class _Hooks:
             )
         cache.advise = False
         cache.configure(model.config)
-        forward = Forward(cache, args, kwargs)
+        forward = Forward(cache, kwargs)
         self._open[-1] = (cache, forward.prepare())
-        return forward.args, forward.kwargs
+        return (), forward.kwargs
 
     def after(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -174,11 +178,12 @@ class _Hooks:
         if cache is None:
             return output
         if output is None:
-            cache.rollback()
-        else:
-            cache.finish()
+            cache.abandon()
+            if collapsed is not None and cache.rows:
+                cache.select(collapsed.restore)
+            return None
+        cache.finish()
         if collapsed is None:
             return output
-        if cache.rows:
-            cache.select(collapsed.inverse)
-        return None if output is None else expand_output(output, collapsed)
+        cache.select(collapsed.inverse)
+        return expand_output(output, collapsed)

@@ -19,23 +19,20 @@ class Collapsed:
     Attributes:
         inverse: computed row of each row of the caller.
         num_computed: U, rows that went through the model.
+        restore: computed row of each row that the cache had before, to undo the collapse.
     """
 
     inverse: list[int]
     num_computed: int
+    restore: list[int]
 
 
 class Forward:
-    """The arguments of one forward over a TreeCache, made ready for it."""
+    """The keyword arguments of one forward over a TreeCache, made ready for it."""
 
-    def __init__(self, cache: TreeCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, cache: TreeCache, kwargs: dict[str, Any]) -> None:
         self.cache = cache
-        self.args = args
         self.kwargs = kwargs
-
-    @property
-    def ids(self) -> torch.Tensor | None:
-        return self.args[0] if self.args else self.kwargs.get("input_ids")
 
     @property
     def mask(self) -> torch.Tensor | None:
@@ -46,7 +43,9 @@ class Forward:
     def prepare(self) -> Collapsed | None:
         """Collapse equal rows, read the padding, and decide the step. Decoding reads nothing."""
         cache = self.cache
-        inputs = self.ids if self.ids is not None else self.kwargs.get("inputs_embeds")
+        inputs = self.kwargs.get("input_ids")
+        if inputs is None:
+            inputs = self.kwargs.get("inputs_embeds")
         if inputs is None:
             return None
         asked, num_new = inputs.shape[:2]
@@ -76,7 +75,7 @@ class Forward:
             )
         except BaseException:
             if collapsed is not None and before:
-                cache.select(collapsed.inverse)
+                cache.select(collapsed.restore)
             raise
         return collapsed
 
@@ -99,6 +98,8 @@ class Forward:
         positions = self.kwargs.get("position_ids")
         if self.mask is not None:
             again = self.mask.shape[1] < before + num_new
+        elif self.kwargs.get("attention_mask") is not None:
+            return
         elif isinstance(positions, torch.Tensor) and positions.ndim == 2:
             again = int(positions[:, 0].min()) < min(self.cache.tree.row_lengths(), default=0)
         else:
@@ -138,18 +139,18 @@ class Forward:
             return None
         for name, (value, dim) in batched.items():
             index = torch.tensor(first, device=value.device)
-            self._replace(name, value.index_select(dim, index))
+            self.kwargs[name] = value.index_select(dim, index)
         if have:
             self.cache.select([row // fan_out for row in first])
-        return Collapsed(inverse, len(first))
+        return Collapsed(inverse, len(first), inverse[::fan_out])
 
     def _batched_arguments(self, num_rows: int) -> dict[str, tuple[torch.Tensor, int]] | None:
         """Arguments with a batch, and where they have it; None when rows must not be collapsed."""
-        if num_rows < 2 or self.ids is None or len(self.args) > 1 or torch.is_grad_enabled():
+        if num_rows < 2 or self.kwargs.get("input_ids") is None or torch.is_grad_enabled():
             return None
         if self.kwargs.get("labels") is not None or self.kwargs.get("output_router_logits"):
             return None
-        batched = {"input_ids": (self.ids, 0)}
+        batched = {}
         for name, value in self.kwargs.items():
             if isinstance(value, (Mapping, list, tuple)) and value:
                 return None
@@ -162,12 +163,6 @@ class Forward:
             if dim is not None:
                 batched[name] = value, dim
         return batched
-
-    def _replace(self, name: str, value: torch.Tensor) -> None:
-        if name == "input_ids" and self.args:
-            self.args = (value,)
-        else:
-            self.kwargs[name] = value
 
 
 def _batch_dim(name: str, value: torch.Tensor, num_rows: int) -> int | None:
@@ -183,7 +178,8 @@ def _read_padding(
     """(new tokens of each row or None for T each, whether more is hidden than left padding)."""
     if mask is None or mask.shape[0] != num_rows:
         return None, mask is not None
-    lengths = cache.tree.row_lengths() or [0] * num_rows
+    lengths = cache.tree.row_lengths() or [0]
+    lengths = [length for length in lengths for _ in range(num_rows // len(lengths))]
     if mask.shape[1] != before + num_new or len(lengths) != num_rows:
         return None, not bool(mask.all())
     hidden = (~mask).sum(1)
