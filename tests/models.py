@@ -72,7 +72,7 @@ TINY: dict[str, Tiny] = {
         {
             **GROUPED,
             "sliding_window": 19,
-            "query_pre_attn_scalar": 12,
+            "query_pre_attn_scalar": 7,
             "attn_implementation": "eager",  # sdpa leaves out the softcap
             # Low enough to bend the scores of a random model.
             "attn_logit_softcapping": 2.0,
@@ -87,7 +87,7 @@ TINY: dict[str, Tiny] = {
             **SINGLES,
             "hidden_size": 48,
             "sliding_window": 5,
-            "query_pre_attn_scalar": 16,
+            "query_pre_attn_scalar": 5,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),

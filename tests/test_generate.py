@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 import re
 from collections.abc import Iterator
@@ -18,7 +19,9 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
+    masking_utils,
 )
+from transformers.models.llama import modeling_llama
 
 from hf_tree_cache import (
     BatchMismatch,
@@ -901,6 +904,29 @@ def test_mask_that_changes_while_decoding(llama: PreTrainedModel) -> None:
         forward(llama, each, ids)
         logits.append(forward(llama, each, torch.full((1, 1), 9), mask))
     torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=TOLERANCE)
+
+
+PATTERNS = {
+    "more": {"or_mask_function": lambda batch, head, query, key: (key > 43) & (key < 47)},
+    "less": {"and_mask_function": lambda batch, head, query, key: key % 7 != 3},
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_mask_patterns_that_we_do_not_know(
+    llama: PreTrainedModel, pattern: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models make masks from functions: one that shows more than causal, one that shows less."""
+    create = functools.partial(masking_utils.create_causal_mask, **pattern)
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", create)
+    inputs, more = prompts(num_rows=1), torch.randint(3, 90, (1, 6))
+    cache, logits = tree_cache(), []
+    for each in (cache, DynamicCache()):
+        parts = [prefill(llama, each, inputs)]
+        parts += [forward(llama, each, more[:, :5]), forward(llama, each, more[:, 5:])]
+        logits.append(torch.cat(parts, 1))
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=TOLERANCE)
+    assert len(cache.dense_reads) == 1
 
 
 def test_holes_in_a_later_turn(llama: PreTrainedModel) -> None:

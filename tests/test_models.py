@@ -216,7 +216,13 @@ def test_assisted_decoding(name: str, how: str, monkeypatch: pytest.MonkeyPatch)
         weight.data.add_(torch.randn_like(weight), alpha=0.1 * float(weight.detach().std()))
     inputs = prompts(name, num_rows=1)
     options = {"assistant_model": assistant, "do_sample": False, "max_new_tokens": 14}
-    theirs = generate(model(name), inputs, **options)
+    try:
+        theirs = generate(model(name), inputs, **options)
+    except RuntimeError as error:
+        # The assistant's own windowed DynamicCache cannot be cropped at some numbers of tokens.
+        if Version(__version__) >= Version("5.23"):
+            raise
+        pytest.skip(f"transformers {__version__} cannot run this by itself: {error}")
     removed = crops(TreeCache, monkeypatch)
     ours, _ = run_with_tree(name, model(name), how, inputs, **options)
     assert_same(ours, theirs)
