@@ -1068,6 +1068,9 @@ def test_finished_rows_can_be_dropped(llama: PreTrainedModel) -> None:
 def test_prefill_books(tree_llama: PreTrainedModel) -> None:
     cache = tree_cache()
     inputs = prompts()
+    prefill(tree_llama, cache, inputs)
+    assert cache.stats().prefill_tokens_asked == 2 * COLUMNS
+    cache = tree_cache()
     generate(tree_llama, inputs, past_key_values=cache, num_beams=5, do_sample=False)
     stats = cache.stats()
     assert stats.prefill_tokens_asked == 2 * 5 * COLUMNS
