@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     masking_utils,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama import modeling_llama
 
 from hf_tree_cache import (
@@ -34,6 +35,7 @@ from hf_tree_cache import (
     UnsupportedModel,
     enable_tree_attention,
 )
+from hf_tree_cache.integration.attention import tree_attention_forward
 
 __all__ = ["one_thread"]  # a fixture for all of this file
 pytestmark = pytest.mark.core
@@ -1024,6 +1026,61 @@ def test_a_mask_of_the_callers_own(llama: PreTrainedModel, kind: str) -> None:
     ours, theirs = logits(cache), logits(DynamicCache())
     torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
     cache.check_integrity()
+
+
+# What attention must not read in place
+
+
+class Layer(torch.nn.Module):
+    """As much of an attention layer as attention functions look at."""
+
+    is_causal, num_key_value_groups = True, 2
+
+
+OBSTACLES: dict[str, dict[str, Any]] = {
+    "dropout": {"dropout": 0.4},
+    "not causal": {"is_causal": False},
+    "unknown keyword position_bias": {"position_bias": torch.arange(264.0).view(3, 4, 2, 11).sin()},
+    "query of another kind": {"dtype": torch.float64},
+    "query of another shape": {"columns": 1},
+}
+
+
+@pytest.mark.parametrize("reason", OBSTACLES)
+def test_attention_reads_densely_when_it_must(reason: str) -> None:
+    options = dict(OBSTACLES[reason])
+    cache, layer = tree_cache(), Layer().train()
+    keys, values = torch.randn(2, 3, 2, 11, 8)
+    cache.update(keys[:, :, :9], values[:, :, :9], 0)
+    handles = cache.update(keys[:, :, 9:], values[:, :, 9:], 0)
+    query = torch.randn(3, 4, options.pop("columns", 2), 8)
+    dtype = options.pop("dtype", torch.float32)
+    if dtype != torch.float32:
+        # Nobody can attend to float32 keys with a float64 query; we must not pretend to.
+        with pytest.raises(RuntimeError, match="dtype"):
+            tree_attention_forward(layer, query.to(dtype), *handles, None)
+    else:
+        hidden = torch.ones(query.shape[2], 11, dtype=torch.bool).tril(11 - query.shape[2])
+        mask = None if reason == "not causal" else hidden.expand(3, 1, -1, -1)
+        outputs = []
+        for function, kv in (
+            (tree_attention_forward, handles),
+            (sdpa_attention_forward, (keys, values)),
+        ):
+            torch.manual_seed(1)
+            outputs.append(function(layer, query, *kv, mask, **options)[0])
+        torch.testing.assert_close(*outputs)
+    assert set(cache.dense_reads) == {reason}
+
+
+def test_losses_are_those_of_all_rows(tree_llama: PreTrainedModel) -> None:
+    """Equal rows count as often as they are there."""
+    inputs = {key: value[[0, 0, 0, 1]] for key, value in prompts().items()}
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"].cumsum(1) < 2, -100)
+    with torch.no_grad():
+        ours = tree_llama(**inputs, labels=labels, past_key_values=tree_cache())
+        theirs = tree_llama(**inputs, labels=labels)
+    torch.testing.assert_close(ours.loss, theirs.loss)
 
 
 # Outputs and books

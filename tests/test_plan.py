@@ -169,6 +169,7 @@ def test_a_plan_kept_over_growth_meets_the_same_tokens_as_a_fresh_one(
     rng = random.Random(seed)
     grown = draw(seed)
     shadow, previous = grown.shadow, plan_of(grown)
+    check_plan(previous, shadow, grown.counts)
     for _ in range(30):
         version = shadow.tree.topology_version
         if rng.random() < 0.1:
@@ -200,6 +201,7 @@ def test_plain_growth_keeps_the_runs_until_a_tail_is_too_long() -> None:
     shadow.select([0, 0])
     shadow.append([1, 1])
     plan = build_plan(shadow.tree, [1, 1], 1)
+    check_plan(plan, shadow, [1, 1])
     made = 0
     for _ in range(3 * plan_module.RUN_TOKENS):
         shadow.append([1, 1])

@@ -31,21 +31,18 @@ class Backend(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
-BACKENDS: dict[str, Backend] = {
-    "torch": tree_attention_torch,
-    "reference": tree_attention_reference,
-}
+BACKENDS = ("auto", "triton", "torch", "reference")
 
 BACKEND_VARIABLE = "HF_TREE_CACHE_BACKEND"
 
 
 def choose_backend(name: str | None = None) -> str:
-    """The backend to use: ``name``, else ``$HF_TREE_CACHE_BACKEND``, else "torch".
+    """The backend to use: ``name``, else ``$HF_TREE_CACHE_BACKEND``, else "auto".
 
     Raises:
         InvalidArgument: an unknown name.
     """
-    chosen = name or os.environ.get(BACKEND_VARIABLE) or "torch"
+    chosen = name or os.environ.get(BACKEND_VARIABLE) or "auto"
     if chosen not in BACKENDS:
         raise InvalidArgument(f"backend {chosen!r} is unknown; choose from {', '.join(BACKENDS)}.")
     return chosen
@@ -63,7 +60,44 @@ def run_tree_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend with ``backend``; arguments and results as in :func:`tree_attention_reference`."""
-    return BACKENDS[backend](
-        q, storage, layer, plan, scale=scale, window=window, softcap=softcap, sinks=sinks
-    )
+    """Attend with ``backend``; other arguments and results as in :func:`tree_attention_reference`.
+
+    Args:
+        backend: "auto" is the fused kernel where it serves the call, else torch.
+
+    Raises:
+        InvalidArgument: the kernel was asked for by name, or is needed for
+            ``plan.deterministic``, and cannot serve the call.
+    """
+    run = _find_backend(backend, q, storage, plan, scale)
+    return run(q, storage, layer, plan, scale=scale, window=window, softcap=softcap, sinks=sinks)
+
+
+def _find_backend(
+    name: str, q: torch.Tensor, storage: KVStorage, plan: TreeAttentionPlan, scale: float
+) -> Backend:
+    if name == "reference":
+        return tree_attention_reference
+    wanted = name == "triton" or plan.deterministic
+    if not wanted and (name == "torch" or not q.is_cuda):
+        return tree_attention_torch
+    obstacle: str | None = None
+    if name == "torch":
+        obstacle = "backend 'torch' was chosen"
+    else:
+        try:
+            # Triton is optional, and slow to import.
+            from .launch import find_obstacle, tree_attention_triton
+        except ImportError as error:
+            obstacle = f"Triton is missing ({error})"
+        else:
+            obstacle = find_obstacle(q, storage, scale)
+            if obstacle is None:
+                return tree_attention_triton
+    if wanted:
+        asker = "deterministic=True" if plan.deterministic else f"backend {name!r}"
+        raise InvalidArgument(
+            f"{asker} needs the fused kernel, which cannot serve this call: {obstacle}. "
+            "Without it, backend 'auto' falls back to torch."
+        )
+    return tree_attention_torch

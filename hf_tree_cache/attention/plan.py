@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..memory.tree import BranchTree, Node
 
-Position = TypeVar("Position", int, torch.Tensor)
+Position = TypeVar("Position", int, torch.Tensor, npt.NDArray[np.int64])
 
 RUN_TOKENS = 512
 """A stretch of one row from here on has a product of its own, not a place in the padded tails."""
@@ -33,7 +36,7 @@ class Window:
     size: int
 
     def first_visible(self, position: Position) -> Position:
-        """First position that a query at ``position`` (an int or a tensor of them) sees."""
+        """First position that a query at ``position`` (an int, or an array) sees."""
         if self.kind == "sliding":
             return position - (self.size - 1)
         return position // self.size * self.size
@@ -56,6 +59,21 @@ class Run:
 
 
 @dataclass(frozen=True)
+class _Stretches:
+    """Runs and tails, see :class:`TreeAttentionPlan`; ``lengths`` of when they were made."""
+
+    runs: tuple[Run, ...]
+    tail_starts: tuple[int, ...]
+    tail_blocks: tuple[tuple[int, ...], ...]
+    lengths: tuple[int, ...]
+
+    @property
+    def max_tail(self) -> int:
+        ends = zip(self.lengths, self.tail_starts, strict=True)
+        return max((length - start for length, start in ends), default=0)
+
+
+@dataclass(frozen=True)
 class TreeAttentionPlan:
     """One forward's work list, in token positions of each row (padding has no position).
 
@@ -67,46 +85,98 @@ class TreeAttentionPlan:
                 row 1           start 32  blocks (4,)  length 37   positions 32..36, block copied
                 row 2           start 32  blocks (2,)  length 38   positions 32..37, last owner
 
+    Runs and tails are found when a backend first asks for them; the fused kernel cuts the tree in
+    its own way and never does. Either reads ``tree``, so a plan serves only until the tree changes.
+
     Attributes:
-        block_size: token slots of a block.
+        tree: as it is during this forward.
         num_new: T, query columns of the forward; row b uses the last ``counts[b]`` of them.
         lengths: tokens of each row, the new ones included.
         counts: new tokens of each row.
-        runs: shared (or long) stretches of full blocks.
-        tail_starts: position of each row's first tail token, a multiple of ``block_size``.
-        tail_blocks: physical blocks of each row's tail.
-        topology_version: of the tree, when the runs were made.
+        topology_version: of the tree during this forward.
+        deterministic: a row's result must not depend on the other rows, bit for bit.
         scratch: what a backend derives from the plan and keeps for the other layers.
+        buffers: what a backend keeps from one plan of a cache to the next.
     """
 
-    block_size: int
+    tree: BranchTree = field(repr=False, compare=False)
     num_new: int
     lengths: tuple[int, ...]
     counts: tuple[int, ...]
-    runs: tuple[Run, ...]
-    tail_starts: tuple[int, ...]
-    tail_blocks: tuple[tuple[int, ...], ...]
     topology_version: int
+    deterministic: bool = False
     scratch: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    buffers: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    _kept: _Stretches | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def block_size(self) -> int:
+        """Token slots of a block."""
+        return self.tree.block_size
 
     @property
     def num_rows(self) -> int:
         return len(self.lengths)
 
     @property
+    def runs(self) -> tuple[Run, ...]:
+        """Shared (or long) stretches of full blocks."""
+        return self._stretches.runs
+
+    @property
+    def tail_starts(self) -> tuple[int, ...]:
+        """Position of each row's first tail token, a multiple of ``block_size``."""
+        return self._stretches.tail_starts
+
+    @property
+    def tail_blocks(self) -> tuple[tuple[int, ...], ...]:
+        """Physical blocks of each row's tail."""
+        return self._stretches.tail_blocks
+
+    @property
     def max_tail(self) -> int:
         """Tokens of the longest tail."""
-        ends = zip(self.lengths, self.tail_starts, strict=True)
-        return max((length - start for length, start in ends), default=0)
+        return self._stretches.max_tail
 
     def tokens_read(self) -> int:
         """Tokens that one layer reads in this forward; dense attention reads ``sum(lengths)``."""
         runs = sum(len(run.blocks) * self.block_size for run in self.runs)
         return runs + sum(self.lengths) - sum(self.tail_starts)
 
+    def check_fresh(self) -> None:
+        """The tree is still the one that was planned for."""
+        assert self.tree.topology_version == self.topology_version, "the tree has changed"
+        assert tuple(self.tree.row_lengths()) == self.lengths, "the rows have grown"
+
+    @cached_property
+    def _stretches(self) -> _Stretches:
+        self.check_fresh()
+        size, lengths, kept = self.block_size, self.lengths, self._kept
+        if kept is not None and kept.max_tail < 2 * RUN_TOKENS:
+            runs, starts = kept.runs, kept.tail_starts
+            known, was = kept.tail_blocks, kept.lengths
+        else:
+            runs, starts = _find_runs(self.tree, self.counts)
+            known, was = ((),) * len(lengths), (0,) * len(lengths)
+        # A tip that grew within its last block has the blocks it had.
+        tails = tuple(
+            blocks
+            if blocks and -(-length // size) == -(-before // size)
+            else tuple(_blocks_from(self.tree, tip, start))
+            for tip, start, length, blocks, before in zip(
+                self.tree.tips(), starts, lengths, known, was, strict=True
+            )
+        )
+        return _Stretches(runs, starts, tails, lengths)
+
 
 def build_plan(
-    tree: BranchTree, counts: Sequence[int], num_new: int, previous: TreeAttentionPlan | None = None
+    tree: BranchTree,
+    counts: Sequence[int],
+    num_new: int,
+    previous: TreeAttentionPlan | None = None,
+    *,
+    deterministic: bool = False,
 ) -> TreeAttentionPlan:
     """Plan the forward whose ``counts[b]`` new tokens were just appended to each row of ``tree``.
 
@@ -116,39 +186,23 @@ def build_plan(
         counts: new tokens of each row.
         num_new: T, columns of the forward, at least ``max(counts)``.
         previous: the plan of the forward before, if any.
+        deterministic: a row's result must not depend on the other rows, bit for bit.
     """
-    size, lengths = tree.block_size, tree.row_lengths()
-    if (
-        previous is not None
-        and previous.topology_version == tree.topology_version
-        and previous.max_tail < 2 * RUN_TOKENS
-    ):
-        runs, starts, scratch = previous.runs, previous.tail_starts, previous.scratch
-        scratch = {key: value for key, value in scratch.items() if isinstance(key[0], Run)}
-        known, was = previous.tail_blocks, previous.lengths
-    else:
-        runs, starts = _find_runs(tree, counts)
-        scratch = {}
-        known, was = ((),) * len(lengths), (0,) * len(lengths)
-    # A tip that grew within its last block has the blocks it had.
-    tails = tuple(
-        blocks
-        if blocks and -(-length // size) == -(-before // size)
-        else tuple(_blocks_from(tree, tip, start))
-        for tip, start, length, blocks, before in zip(
-            tree.tips(), starts, lengths, known, was, strict=True
-        )
-    )
+    kept, scratch = None, {}
+    if previous is not None and previous.topology_version == tree.topology_version:
+        kept = previous.__dict__.get("_stretches", previous._kept)
+        if kept is not None and kept.max_tail < 2 * RUN_TOKENS:
+            scratch = {k: v for k, v in previous.scratch.items() if isinstance(k[0], Run)}
     return TreeAttentionPlan(
-        block_size=size,
+        tree=tree,
         num_new=num_new,
-        lengths=tuple(lengths),
+        lengths=tuple(tree.row_lengths()),
         counts=tuple(counts),
-        runs=runs,
-        tail_starts=starts,
-        tail_blocks=tails,
         topology_version=tree.topology_version,
+        deterministic=deterministic,
         scratch=scratch,
+        buffers={} if previous is None else previous.buffers,
+        _kept=kept,
     )
 
 

@@ -57,6 +57,8 @@ class TreeCache(Cache):
         max_blocks: most blocks in use at a time.
         max_memory: most bytes of K/V in use at a time, over all layers; needs a known config.
         backend: attention backend, see :func:`hf_tree_cache.attention.dispatch.choose_backend`.
+        deterministic: with the fused kernel, a branch's attention does not depend on its siblings,
+            bit for bit; slower where much is shared.
         poison: fill free slots with NaN. For tests: a read of what was never written then shows.
 
     Raises:
@@ -79,6 +81,7 @@ class TreeCache(Cache):
         max_blocks: int | None = None,
         max_memory: int | None = None,
         backend: str | None = None,
+        deterministic: bool = False,
         poison: bool = False,
     ) -> None:
         if config is not None and not isinstance(config, PretrainedConfig):
@@ -88,6 +91,7 @@ class TreeCache(Cache):
         super().__init__(layers=[])
         self.block_size = block_size
         self.backend = choose_backend(backend)
+        self.deterministic = deterministic
         self.tree = BranchTree(block_size, PhysicalKVAllocator(max_blocks, track_freed=poison))
         self.dense_reads: Counter[str] = Counter()
         self.advise = True
@@ -170,7 +174,9 @@ class TreeCache(Cache):
             self._unfork(forked_from)
             raise
         self._end_step()
-        self._plan = build_plan(self.tree, counts, num_new, self._plan)
+        self._plan = build_plan(
+            self.tree, counts, num_new, self._plan, deterministic=self.deterministic
+        )
         self._odd_mask |= odd_mask
         is_prefill = num_new > 1 or self._columns == 0
         self._step = Step(

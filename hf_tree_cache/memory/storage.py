@@ -120,6 +120,7 @@ class KVStorage:
         self.slab_blocks = slab_blocks
         self._poison = poison
         self._attached = 0
+        self._numbers: tuple[torch.Tensor, torch.Tensor] | None = None
         self._k_slabs: list[torch.Tensor] = []  # [num_layers, slab_blocks * block_size, Hkv, Dk]
         self._v_slabs: list[torch.Tensor] = []
         self._k_blocks: list[torch.Tensor] = []  # [num_layers, slab_blocks, block_size, Hkv, Dk]
@@ -254,17 +255,23 @@ class KVStorage:
         """For every block, its distance from the layer's block 0 in units of one K (one V) block.
 
         Returns:
-            int32 ``[num_blocks]`` for K and for V (equal where the head dims are). The address of
-            block b of layer l is ``slab 0 of l + numbers[b] * block bytes``, in every layer.
+            int32 ``[num_blocks]`` on the CPU, for K and for V (equal where the head dims are). The
+            address of block b of layer l is ``first_planes(l) + numbers[b] * block bytes``.
         """
-        inside = torch.arange(self.slab_blocks, dtype=torch.int64)
-        numbers = []
-        for slabs in (self._k_slabs, self._v_slabs):
-            unit = slabs[0].stride(1) * self.block_size * self.spec.dtype.itemsize
-            steps = [(slab.data_ptr() - slabs[0].data_ptr()) // unit for slab in slabs]
-            assert max(map(abs, steps)) < 1 << 30, "slabs lie too far apart for int32 numbers"
-            numbers.append(torch.cat([inside + step for step in steps]).to(torch.int32))
-        return numbers[0].to(self.spec.device), numbers[1].to(self.spec.device)
+        if self._numbers is None or len(self._numbers[0]) != self.num_blocks:
+            inside = torch.arange(self.slab_blocks, dtype=torch.int64)
+            numbers = []
+            for slabs in (self._k_slabs, self._v_slabs):
+                unit = slabs[0].stride(1) * self.block_size * self.spec.dtype.itemsize
+                steps = [(slab.data_ptr() - slabs[0].data_ptr()) // unit for slab in slabs]
+                assert max(map(abs, steps)) < 1 << 30, "slabs lie too far apart for int32 numbers"
+                numbers.append(torch.cat([inside + step for step in steps]).to(torch.int32))
+            self._numbers = numbers[0], numbers[1]
+        return self._numbers
+
+    def first_planes(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K ``[slots, Hkv, Dk]`` and V ``[slots, Hkv, Dv]`` of one layer in the first slab."""
+        return self._k_slabs[0][layer], self._v_slabs[0][layer]
 
     def _new_slab(self) -> tuple[torch.Tensor, torch.Tensor]:
         spec, slots = self.spec, self.slab_blocks * self.block_size

@@ -90,6 +90,11 @@ class BranchTree:
         return branch in self._tips
 
     @property
+    def root(self) -> Node:
+        """The empty node above all prompts."""
+        return self._root
+
+    @property
     def branches(self) -> list[Branch]:
         """Every live branch, rows and held, oldest first."""
         return list(self._tips)

@@ -1,0 +1,431 @@
+"""One launch of the fused kernel: what it serves, its buffers, its arguments."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from triton import knobs
+
+from ..memory.storage import KVSpec, KVStorage
+from .kernel import tree_attention_kernel
+from .plan import TreeAttentionPlan, Window
+from .schedule import FIELDS, WorkList, schedule
+from .tiles import TileSet, tiles_for
+
+LOG2E = math.log2(math.e)
+WINDOW_KINDS = {"sliding": 1, "chunked": 2}
+SYNC_HEAD = 3
+"""Counters before the flags, see ``p_sync`` of the kernel."""
+
+
+def find_obstacle(q: torch.Tensor, storage: KVStorage, scale: float) -> str | None:
+    """Why the kernel cannot serve a call; None if it can."""
+    spec, size = storage.spec, storage.block_size
+    if not (q.is_cuda or knobs.runtime.interpret):
+        return f"a device without Triton: {q.device}"
+    if spec.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"dtype {spec.dtype}"
+    if size & (size - 1) or size > 64:
+        return f"block size {size}, not a power of two up to 64"
+    if max(spec.k_head_dim, spec.v_head_dim) > 256:
+        return f"head dims {spec.k_head_dim} and {spec.v_head_dim}, more than 256"
+    if q.shape[1] > 16 * spec.num_kv_heads:
+        return f"{q.shape[1] // spec.num_kv_heads} query heads for each K/V head, more than 16"
+    return None if scale > 0 else f"scale {scale}"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkspaceKey:
+    """What a workspace is made for.
+
+    Attributes:
+        spec: of the storage.
+        group_size: query heads of a K/V head.
+        window: of the layer.
+        deterministic: see :class:`~.plan.TreeAttentionPlan`.
+        tiles: instead of those of the table.
+    """
+
+    spec: KVSpec
+    group_size: int
+    window: Window | None = None
+    deterministic: bool = False
+    tiles: TileSet | None = None
+
+
+class Workspace:
+    """Device buffers of one kind of launch, kept from forward to forward at fixed addresses.
+
+    The work list is cut anew when the tree changes. While rows only grow, their lengths change,
+    and block numbers where a row reaches a new block.
+
+    Args:
+        key: what it is for.
+        fixed: always launch the same kernel on the same grid, so that a captured CUDA graph stays
+            valid until ``generation`` changes.
+
+    Attributes:
+        generation: changes when buffers had to move.
+        work: the list that is in the buffers.
+    """
+
+    def __init__(self, key: WorkspaceKey, *, fixed: bool = False) -> None:
+        self.key = key
+        self.fixed = fixed
+        self.generation = 0
+        self.work: WorkList | None = None
+        self._plan: TreeAttentionPlan | None = None
+        self._lengths: npt.NDArray[np.int64] = np.zeros(0, np.int64)
+        tiles = key.tiles or _table_tiles(key.spec)
+        self._set = TileSet(
+            *(replace(t, deterministic=key.deterministic) for t in (tiles.mixed, tiles.small))
+        )
+        self.tiles = self._set.mixed
+        self._ints = _IntBuffer(key.spec.device)
+        heads = key.spec.num_kv_heads * key.group_size
+        wide = key.spec.dtype == torch.float32
+        self._part_shape = (heads, key.spec.v_head_dim)
+        self._part_dtype = torch.float32 if wide else torch.float16
+        self._make_parts(1, 1, 1)
+
+    def prepare(self, plan: TreeAttentionPlan, storage: KVStorage) -> None:
+        """Make the buffers those of ``plan``; does nothing the second time."""
+        if plan is self._plan:
+            return
+        if not self._grow(plan, storage):
+            self._rebuild(plan, storage)
+        self._sync.zero_()
+        self._arrived.zero_()
+        self._plan, self._lengths = plan, np.array(plan.lengths, np.int64)
+
+    def advance(self) -> None:
+        """Every row has one token more, in blocks that are known: nothing but device work.
+
+        Can be captured. The host's plan stays behind until the next :meth:`prepare`.
+        """
+        self._ints["lengths"].add_(1)
+        self._ints["tokens"].add_(self._ints["grows"])
+        self._sync.zero_()
+        self._arrived.zero_()
+
+    def launch(
+        self,
+        q: torch.Tensor,
+        storage: KVStorage,
+        layer: int,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+        reverse: bool = False,
+    ) -> Any:
+        """Run the kernel for one layer.
+
+        Args:
+            q: ``[B, Hq, T, Dk]``, last stride 1.
+            out: ``[B, T, Hq, Dv]`` contiguous, written.
+            lse: ``[B, T, Hq]`` float32 contiguous, written.
+            reverse: start programs from the last to the first, as no GPU does.
+
+        Returns:
+            Triton's compiled kernel.
+        """
+        key, spec, tiles, work, ints = self.key, self.key.spec, self.tiles, self.work, self._ints
+        assert work is not None
+        k, v = storage.first_planes(layer)
+        num_items = ints.capacity("tokens") if self.fixed else work.num_items
+        width, first = self._record_shape(storage.block_size)
+        options: dict[str, Any] = {"num_warps": tiles.num_warps, "enable_fp_fusion": True}
+        if tiles.max_registers and torch.version.cuda:
+            options["maxnreg"] = tiles.max_registers
+        window = key.window
+        return tree_attention_kernel[(num_items * spec.num_kv_heads,)](
+            q,
+            k,
+            v,
+            out,
+            lse,
+            lse if sinks is None else sinks,
+            ints["items"],
+            ints["list"],
+            ints["tokens"],
+            ints["lengths"],
+            ints["sizes"],
+            self._parts,
+            self._part_lse,
+            self._arrived,
+            self._sync,
+            ints["part_ptr"],
+            ints["part_slots"],
+            q.shape[2],
+            q.stride(0),
+            q.stride(1),
+            q.stride(2),
+            ints.capacity("list") // 2,
+            (scale if softcap is None else softcap) * LOG2E,
+            0.0 if softcap is None else 2 * LOG2E * scale / softcap,
+            0 if window is None else window.size,
+            HKV=spec.num_kv_heads,
+            G=key.group_size,
+            DK=spec.k_head_dim,
+            DV=spec.v_head_dim,
+            DKP=_padded(spec.k_head_dim),
+            DVP=_padded(spec.v_head_dim),
+            S=storage.block_size,
+            RECORD=FIELDS + 2 * width + first,
+            QUERIES=width,
+            M_SMALL=tiles.m_small,
+            KV_SMALL=tiles.kv_small,
+            STAGES_SMALL=tiles.stages_small,
+            M_LARGE=tiles.m_large,
+            KV_LARGE=tiles.kv_large,
+            STAGES_LARGE=tiles.stages_large,
+            MERGE_ROWS=work.merge_rows,
+            MERGE_PARTS=work.merge_parts,
+            SMALL=self.fixed or work.num_large < work.num_work,
+            LARGE=self.fixed or work.num_large > 0,
+            MERGES=self.fixed or work.num_work < work.num_items,
+            REVERSED=reverse,
+            PEEL=window is None and not key.deterministic,
+            WINDOW=0 if window is None else WINDOW_KINDS[window.kind],
+            SOFTCAP=softcap is not None,
+            SINKS=sinks is not None,
+            SPLIT_LIST=spec.k_head_dim != spec.v_head_dim,
+            PRECISION="ieee",
+            **options,
+        )
+
+    def _record_shape(self, block_size: int) -> tuple[int, int]:
+        """Queries, and first block numbers, of a record."""
+        tiles = self.tiles
+        tokens = max(tiles.kv_small, tiles.kv_large)
+        return tiles.m_large // self.key.group_size, max(1, tokens // block_size)
+
+    def _grow(self, plan: TreeAttentionPlan, storage: KVStorage) -> bool:
+        """Bring the buffers up to date if rows only grew, by as much each; whether it could."""
+        last, work = self._plan, self.work
+        if last is None or work is None or plan.topology_version != last.topology_version:
+            return False
+        if plan.num_new != 1 or last.num_new != 1 or min(plan.counts) != 1 != min(last.counts):
+            return False
+        lengths = np.array(plan.lengths, np.int64)
+        grown = int(lengths[0] - self._lengths[0])
+        steady = bool(
+            (lengths - self._lengths == grown).all() and (lengths <= work.tail_room).all()
+        )
+        if grown < 0 or not steady:
+            return False
+        ints, size = self._ints, plan.block_size
+        before, after = -(-self._lengths // size), -(-lengths // size)
+        rows = np.flatnonzero(after > before)
+        if len(rows):
+            tips = plan.tree.tips()
+            places, blocks = [], []
+            for row in rows.tolist():
+                tip = tips[row]
+                first = tip.start // size
+                for block in range(before[row], after[row]):
+                    places.append(work.tail_base[row] + block)
+                    blocks.append(tip.blocks[block - first])
+            self._put_numbers(storage, np.array(places), np.array(blocks))
+        ints.host("lengths")[: len(lengths)] = lengths
+        ints.host("tokens")[: work.num_items] += grown * work.grows
+        ints.send("lengths", "tokens")
+        return True
+
+    def _rebuild(self, plan: TreeAttentionPlan, storage: KVStorage) -> None:
+        plan.check_fresh()
+        self.tiles = self._set.mixed
+        work = self._schedule(plan)
+        if not (work.num_large or self.fixed or self.key.deterministic):
+            self.tiles = self._set.small
+            work = self._schedule(plan)
+        self.work = work
+        width, first = self._record_shape(plan.block_size)
+        record = FIELDS + 2 * width + first
+        num_items, num_queries = work.num_items, plan.num_rows * plan.num_new
+        moved = self._ints.ensure(
+            sizes=2,
+            lengths=plan.num_rows,
+            tokens=num_items,
+            grows=num_items,
+            part_ptr=num_queries + 1,
+            part_slots=work.num_slots,
+            list=2 * len(work.blocks),
+            items=_rounded(num_items) * record,
+        )
+        arrived = num_queries * self.key.spec.num_kv_heads
+        flags = (num_items - work.num_work) * self.key.spec.num_kv_heads
+        fits = arrived <= len(self._arrived) and flags + SYNC_HEAD <= len(self._sync)
+        if not fits or work.num_slots > len(self._parts):
+            self._make_parts(work.num_slots, arrived, flags + SYNC_HEAD)
+            moved = True
+        self.generation += moved
+        ints = self._ints
+        ints.host("sizes")[:2] = num_items, work.num_work
+        ints.host("lengths")[: plan.num_rows] = plan.lengths
+        ints.host("tokens")[:num_items] = work.tokens
+        ints.host("grows")[:] = 0
+        ints.host("grows")[:num_items] = work.grows
+        ints.host("part_ptr")[: num_queries + 1] = work.part_ptr
+        ints.host("part_slots")[: work.num_slots] = work.part_slots
+        numbers = self._put_numbers(
+            storage, np.arange(len(work.blocks)), work.blocks.astype(np.int64)
+        )
+        records = ints.host("items")[: num_items * record].reshape(num_items, record)
+        records[:, : FIELDS + 2 * width] = work.items
+        records[:, FIELDS + 2 * width :] = numbers[work.items[:, 1:2] + np.arange(first)]
+        ints.send("sizes", "items")
+
+    def _schedule(self, plan: TreeAttentionPlan) -> WorkList:
+        return schedule(
+            plan,
+            self.tiles,
+            group_size=self.key.group_size,
+            num_kv_heads=self.key.spec.num_kv_heads,
+            num_sms=_num_sms(self.key.spec.device),
+            window=self.key.window,
+        )
+
+    def _put_numbers(
+        self, storage: KVStorage, places: npt.NDArray[np.int64], blocks: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int32]:
+        """Write the numbers of ``blocks`` to ``places`` of the list; those of K."""
+        k_numbers, v_numbers = (numbers.numpy()[blocks] for numbers in storage.block_numbers())
+        numbers = self._ints.host("list")
+        half = len(numbers) // 2
+        numbers[places] = k_numbers
+        numbers[places + half] = v_numbers
+        first, last = int(places.min()), int(places.max()) + 1
+        self._ints.send_part("list", first, last)
+        if self.key.spec.k_head_dim != self.key.spec.v_head_dim:
+            self._ints.send_part("list", first + half, last + half)
+        return k_numbers
+
+    def _make_parts(self, num_slots: int, arrived: int, sync: int) -> None:
+        device = self.key.spec.device
+        slots = _rounded(num_slots)
+        self._parts = torch.empty((slots, *self._part_shape), dtype=self._part_dtype, device=device)
+        self._part_lse = torch.empty((slots, self._part_shape[0], 2), device=device)
+        self._arrived, self._sync = (
+            torch.zeros(_rounded(count), dtype=torch.int32, device=device)
+            for count in (arrived, sync)
+        )
+
+
+class _IntBuffer:
+    """Named stretches of one int32 tensor, with a mirror on the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._spans: dict[str, slice] = {}
+        self._views: dict[str, torch.Tensor] = {}
+        self._mirror = np.zeros(0, np.int32)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """On the device, at an address that changes only in :meth:`ensure`."""
+        return self._views[name]
+
+    def host(self, name: str) -> npt.NDArray[np.int32]:
+        return self._mirror[self._spans[name]]
+
+    def capacity(self, name: str) -> int:
+        return len(self._views[name])
+
+    def ensure(self, **sizes: int) -> bool:
+        """Make room, in this order; whether everything had to move."""
+        if self._spans and all(size <= self.capacity(name) for name, size in sizes.items()):
+            return False
+        end = 0
+        for name, size in sizes.items():
+            had = self.capacity(name) if name in self._spans else 0
+            self._spans[name] = slice(end, end + max(had, _rounded(size)))
+            end = self._spans[name].stop
+        self._mirror = np.zeros(end, np.int32)
+        buffer = torch.zeros(end, dtype=torch.int32, device=self._device)
+        self._views = {name: buffer[span] for name, span in self._spans.items()}
+        self._buffer = buffer
+        return True
+
+    def send(self, first: str, last: str) -> None:
+        """Copy the stretches from ``first`` to ``last`` to the device."""
+        self._send(self._spans[first].start, self._spans[last].stop)
+
+    def send_part(self, name: str, begin: int, end: int) -> None:
+        start = self._spans[name].start
+        self._send(start + begin, start + end)
+
+    def _send(self, begin: int, end: int) -> None:
+        source = torch.from_numpy(self._mirror[begin:end])
+        if self._device.type == "cuda":
+            # A pinned copy of its own: the mirror may change before the GPU gets there.
+            source = source.pin_memory()
+        self._buffer[begin:end].copy_(source, non_blocking=True)
+
+
+def tree_attention_triton(
+    q: torch.Tensor,
+    storage: KVStorage,
+    layer: int,
+    plan: TreeAttentionPlan,
+    *,
+    scale: float,
+    window: Window | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`~.reference.tree_attention_reference`, in one launch of the fused kernel.
+
+    :func:`find_obstacle` says what it does not serve.
+    """
+    spec = storage.spec
+    num_rows, num_q_heads, num_new, _ = q.shape
+    key = WorkspaceKey(spec, num_q_heads // spec.num_kv_heads, window, plan.deterministic)
+    workspace = plan.buffers.get((storage, key))
+    if workspace is None:
+        workspace = plan.buffers[storage, key] = Workspace(key)
+    workspace.prepare(plan, storage)
+    if q.stride(3) != 1:
+        q = q.contiguous()
+    out = q.new_empty((num_rows, num_new, num_q_heads, spec.v_head_dim))
+    lse = torch.empty((num_rows, num_new, num_q_heads), dtype=torch.float32, device=q.device)
+    workspace.launch(q, storage, layer, out, lse, scale=scale, softcap=softcap, sinks=sinks)
+    return out.transpose(1, 2), lse.transpose(1, 2)
+
+
+def _rounded(size: int) -> int:
+    """The next power of two, so that buffers seldom move."""
+    return max(16, 1 << (max(size, 1) - 1).bit_length())
+
+
+def _padded(head_dim: int) -> int:
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def _table_tiles(spec: KVSpec) -> TileSet:
+    head_dim = _padded(max(spec.k_head_dim, spec.v_head_dim))
+    return tiles_for(_arch(spec.device), spec.dtype.itemsize, head_dim)
+
+
+@cache
+def _arch(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+@cache
+def _num_sms(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
