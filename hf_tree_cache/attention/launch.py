@@ -209,12 +209,19 @@ class Workspace:
         tokens = max(tiles.kv_small, tiles.kv_large)
         return tiles.m_large // self.key.group_size, max(1, tokens // block_size)
 
+    def _records(self, block_size: int) -> npt.NDArray[np.int32]:
+        """The records of all items, on the host."""
+        assert self.work is not None
+        width, first = self._record_shape(block_size)
+        shape = self.work.num_items, FIELDS + 2 * width + first
+        return self._ints.host("items")[: shape[0] * shape[1]].reshape(shape)
+
     def _grow(self, plan: TreeAttentionPlan, storage: KVStorage) -> bool:
         """Bring the buffers up to date if rows only grew, by as much each; whether it could."""
         last, work = self._plan, self.work
         if last is None or work is None or plan.topology_version != last.topology_version:
             return False
-        if plan.num_new != 1 or last.num_new != 1 or min(plan.counts) != 1 != min(last.counts):
+        if plan.num_new != 1 or last.num_new != 1 or not (all(plan.counts) and all(last.counts)):
             return False
         lengths = np.array(plan.lengths, np.int64)
         grown = int(lengths[0] - self._lengths[0])
@@ -228,14 +235,21 @@ class Workspace:
         rows = np.flatnonzero(after > before)
         if len(rows):
             tips = plan.tree.tips()
-            places, blocks = [], []
-            for row in rows.tolist():
-                tip = tips[row]
-                first = tip.start // size
-                for block in range(before[row], after[row]):
-                    places.append(work.tail_base[row] + block)
-                    blocks.append(tip.blocks[block - first])
-            self._put_numbers(storage, np.array(places), np.array(blocks))
+            row_of = np.repeat(rows, after[rows] - before[rows])
+            block_of = np.concatenate([np.arange(before[row], after[row]) for row in rows])
+            blocks = [
+                tips[row].blocks[block - tips[row].start // size]
+                for row, block in zip(row_of.tolist(), block_of.tolist(), strict=True)
+            ]
+            places = work.tail_base[row_of] + block_of
+            numbers = self._put_numbers(storage, places, np.array(blocks))
+            # Records hold the first numbers of their items.
+            items = work.tail_item[row_of]
+            offsets = places - work.items[items, 1]
+            records = self._records(storage.block_size)
+            early = offsets < records.shape[1] - work.items.shape[1]
+            records[items[early], work.items.shape[1] + offsets[early]] = numbers[early]
+            ints.send("items", "items")
         ints.host("lengths")[: len(lengths)] = lengths
         ints.host("tokens")[: work.num_items] += grown * work.grows
         ints.send("lengths", "tokens")
@@ -280,7 +294,7 @@ class Workspace:
         numbers = self._put_numbers(
             storage, np.arange(len(work.blocks)), work.blocks.astype(np.int64)
         )
-        records = ints.host("items")[: num_items * record].reshape(num_items, record)
+        records = self._records(plan.block_size)
         records[:, : FIELDS + 2 * width] = work.items
         records[:, FIELDS + 2 * width :] = numbers[work.items[:, 1:2] + np.arange(first)]
         ints.send("sizes", "items")
@@ -293,6 +307,7 @@ class Workspace:
             num_kv_heads=self.key.spec.num_kv_heads,
             num_sms=_num_sms(self.key.spec.device),
             window=self.key.window,
+            fixed=self.fixed,
         )
 
     def _put_numbers(

@@ -73,6 +73,13 @@ class _Stretches:
         return max((length - start for length, start in ends), default=0)
 
 
+class Buffers(dict[Any, Any]):
+    """What a backend keeps from one plan to the next. A copy of the cache starts anew."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Buffers:
+        return Buffers()
+
+
 @dataclass(frozen=True)
 class TreeAttentionPlan:
     """One forward's work list, in token positions of each row (padding has no position).
@@ -106,7 +113,7 @@ class TreeAttentionPlan:
     topology_version: int
     deterministic: bool = False
     scratch: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
-    buffers: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    buffers: Buffers = field(default_factory=Buffers, repr=False, compare=False)
     _kept: _Stretches | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -201,7 +208,7 @@ def build_plan(
         topology_version=tree.topology_version,
         deterministic=deterministic,
         scratch=scratch,
-        buffers={} if previous is None else previous.buffers,
+        buffers=Buffers() if previous is None else previous.buffers,
         _kept=kept,
     )
 

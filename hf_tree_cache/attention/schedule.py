@@ -56,8 +56,9 @@ class WorkList:
         num_slots: parts in all.
         num_large: items of the large class.
         merge_rows, merge_parts: queries x heads, and parts, that a merge loads at a time.
+        tail_item: int64 ``[B]``, the item that grows with a row; -1 where a row cannot.
         tail_base: int64 ``[B]``; block i of a row's tokens, if the row's last segment holds it, is
-            ``blocks[tail_base + i]``; -1 for rows that cannot grow in place.
+            ``blocks[tail_base + i]``.
         tail_room: int64 ``[B]``, tokens up to which ``blocks`` has room for a row to grow.
     """
 
@@ -72,6 +73,7 @@ class WorkList:
     num_large: int
     merge_rows: int
     merge_parts: int
+    tail_item: Longs
     tail_base: Longs
     tail_room: Longs
 
@@ -106,6 +108,7 @@ def schedule(
     num_kv_heads: int,
     num_sms: int,
     window: Window | None = None,
+    fixed: bool = False,
 ) -> WorkList:
     """Cut the attention of one forward into items.
 
@@ -113,13 +116,14 @@ def schedule(
         group_size: G, query heads of a K/V head.
         num_sms: multiprocessors that share the work.
         window: tokens that no query sees any more are left out.
+        fixed: merges have the same shape whatever the plan.
     """
     outline = _Outline(plan, tiles, group_size)
     outline.walk()
-    segments = _Segments.of(outline, plan, window)
+    segments = _Segments.of(outline, plan, window, tiles)
     steps = _chunk_tokens(segments, tiles, group_size, num_sms / num_kv_heads, plan.block_size)
     items = _Items.of(segments, steps, tiles, group_size)
-    return _work_list(plan, segments, items, tiles, group_size)
+    return _work_list(plan, segments, items, tiles, group_size, fixed)
 
 
 Way = tuple[int | Node, int, int]
@@ -141,7 +145,7 @@ class _Outline:
         self.small_queries = 0 if tiles.deterministic else tiles.m_small // group_size
         self.large_queries = tiles.m_large // group_size
         self.large_cost, self.item_cost = tiles.large_cost, tiles.item_cost
-        self.chunk_blocks = -(-FIXED_CHUNK // self.size)
+        self.chunk_blocks = _fixed_chunk(self.size) // self.size
         self.tips = plan.tree.tips()
         self.rows: list[int] = []
         self.first_query: list[int] = []  # of each rank, and one more
@@ -387,7 +391,9 @@ class _Segments:
     member_lower: Longs
 
     @classmethod
-    def of(cls, outline: _Outline, plan: TreeAttentionPlan, window: Window | None) -> _Segments:
+    def of(
+        cls, outline: _Outline, plan: TreeAttentionPlan, window: Window | None, tiles: Tiles
+    ) -> _Segments:
         size, num_new = plan.block_size, plan.num_new
         lengths = np.array(plan.lengths, np.int64)
         room = -(-GROWTH_TOKENS // size)
@@ -452,7 +458,8 @@ class _Segments:
         if window is not None:
             lower = window.first_visible(position[member]) - member_begin
             nearest = np.minimum.reduceat(lower, member_ptr[:-1]) if len(member) else lower
-            skipped = np.minimum(np.maximum(nearest, 0) // size * size, tokens)
+            unit = _fixed_chunk(size) if tiles.deterministic else size
+            skipped = np.minimum(np.maximum(nearest, 0) // unit * unit, tokens)
         return cls(
             np.array(blocks, np.int64), np.array(first_block, np.int64), begin, tokens, skipped,
             row_of, member_ptr, query[member], limit, own, lower,
@@ -534,7 +541,7 @@ def _chunk_tokens(
     """Tokens of each segment's items, to fill the GPU about ``tiles.waves`` times."""
     left = segments.tokens - segments.skipped
     if tiles.deterministic:
-        return np.full(len(left), -(-FIXED_CHUNK // size) * size, np.int64)
+        return np.full(len(left), _fixed_chunk(size), np.int64)
     quantum = max(tiles.kv_small, tiles.kv_large, size)
     large = np.diff(segments.member_ptr) * group_size > tiles.m_small
     rate = np.where(large, tiles.large_cost, 1.0)
@@ -559,7 +566,12 @@ def _chunk_tokens(
 
 
 def _work_list(
-    plan: TreeAttentionPlan, segments: _Segments, items: _Items, tiles: Tiles, group_size: int
+    plan: TreeAttentionPlan,
+    segments: _Segments,
+    items: _Items,
+    tiles: Tiles,
+    group_size: int,
+    fixed: bool,
 ) -> WorkList:
     """Order the items, give slots to parts, add blanks and merges, write the records."""
     size, num_queries = plan.block_size, plan.num_rows * plan.num_new
@@ -587,7 +599,8 @@ def _work_list(
     small = width if tiles.deterministic else tiles.m_small // group_size
     blanks = _tiled(np.flatnonzero(num_seen == 0), small)
     merge_rows, merge_parts = tiles.merge_rows, tiles.merge_parts
-    if 2 * num_parts.max(initial=0) <= merge_parts:
+    adapts = not (fixed or tiles.deterministic)
+    if adapts and 2 * num_parts.max(initial=0) <= merge_parts:
         merge_rows, merge_parts = 2 * merge_rows, merge_parts // 2
     merge_rows = max(merge_rows, 1 << (group_size - 1).bit_length())
     merges = _tiled(np.flatnonzero(num_parts), merge_rows // group_size)
@@ -616,15 +629,22 @@ def _work_list(
 
     tokens, grows = np.zeros((2, len(records)), np.int32)
     tokens[: len(order)] = items.tokens[order]
-    tail_base = np.full(plan.num_rows, -1, np.int64)
+    tail_item, tail_base = np.full((2, plan.num_rows), -1, np.int64)
     tail_room = np.zeros(plan.num_rows, np.int64)
     if max(plan.counts, default=0) == 1:
         grows[: len(order)] = items.grows[order]
         tails = np.flatnonzero(segments.row >= 0)
         row, begin = segments.row[tails], segments.begin[tails]
+        growing = np.flatnonzero(grows)
+        tail_item[segments.row[segment[growing]]] = growing
         tail_base[row] = segments.first_block[tails] - begin // size
-        # Lists have whole blocks, and GROWTH_TOKENS beyond them.
+        # Lists have whole blocks, and GROWTH_TOKENS beyond them; fixed chunks end where they must.
         tail_room[row] = begin - (-segments.tokens[tails] // size) * size + GROWTH_TOKENS
+        if tiles.deterministic:
+            chunk = _fixed_chunk(size)
+            tail_room[row] = np.minimum(
+                tail_room[row], begin - (-segments.tokens[tails] // chunk) * chunk
+            )
     return WorkList(
         items=records,
         tokens=tokens,
@@ -634,12 +654,18 @@ def _work_list(
         part_slots=part_slots.astype(np.int32),
         num_work=num_work,
         num_slots=int(slots_used.sum()),
-        num_large=int(work[:, 0].sum()),
+        num_large=int((records[:num_work, 0] == LARGE).sum()),
         merge_rows=merge_rows,
         merge_parts=merge_parts,
+        tail_item=tail_item,
         tail_base=tail_base,
         tail_room=tail_room,
     )
+
+
+def _fixed_chunk(block_size: int) -> int:
+    """FIXED_CHUNK in whole blocks, in tokens."""
+    return -(-FIXED_CHUNK // block_size) * block_size
 
 
 def _ramps(widths: Longs) -> Longs:
