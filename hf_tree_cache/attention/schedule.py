@@ -9,7 +9,7 @@ each K/V head, and a query with several items has its parts merged by a merge it
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import numpy as np
 import numpy.typing as npt
@@ -407,26 +407,23 @@ class _Segments:
         query = query_row * num_new + num_new - back
         position = lengths[query_row] - back
 
-        blocks: list[int] = []
-        first_block: list[int] = []
-        padding = [0] * room
-        for segment, row in outline.segments:
-            first_block.append(len(blocks))
-            blocks += segment.blocks
-            if row >= 0:
-                blocks += padding
-        tips = [outline.tips[outline.rows[rank]] for rank in outline.lone]
-        for tip in tips:
-            first_block.append(len(blocks))
-            blocks += tip.blocks
-            blocks += padding
-
-        lone_rows = rows[np.array(outline.lone, np.int64)]
+        lone_ranks = np.array(outline.lone, np.int64)
+        lone_rows = rows[lone_ranks]
+        tips = [outline.tips[row] for row in lone_rows.tolist()]
         row_of = np.array([row for _, row in outline.segments], np.int64)
         row_of = np.concatenate([row_of, lone_rows])
         begin = np.array(
-            [s.start for s, _ in outline.segments] + [tip.start // size * size for tip in tips],
+            [segment.start for segment, _ in outline.segments]
+            + [tip.start // size * size for tip in tips],
             np.int64,
+        )
+        lists = [segment.blocks for segment, _ in outline.segments] + [tip.blocks for tip in tips]
+        num_blocks = np.fromiter(map(len, lists), np.int64, len(lists))
+        places = num_blocks + np.where(row_of >= 0, room, 0)
+        first_block = np.cumsum(places) - places
+        blocks = np.zeros(places.sum(), np.int64)
+        blocks[_ramps(num_blocks) + np.repeat(first_block, num_blocks)] = np.fromiter(
+            chain.from_iterable(lists), np.int64, num_blocks.sum()
         )
         tokens = np.array([len(s.blocks) * size for s, _ in outline.segments], np.int64)
         tokens = np.concatenate([tokens, np.zeros(len(tips), np.int64)])
@@ -440,7 +437,7 @@ class _Segments:
         spans = np.array(ranges, np.int64).reshape(-1, 3)
         widths = spans[:, 1] - spans[:, 0]
         shared = _ramps(widths) + np.repeat(spans[:, 0], widths)
-        lone = first_query[np.array(outline.lone, np.int64)]
+        lone = first_query[lone_ranks]
         member = np.concatenate([shared, lone])
         limit = np.concatenate([np.repeat(spans[:, 2], widths), np.full(len(lone), UNLIMITED)])
         per_segment = np.array([len(s.members) for s, _ in outline.segments], np.int64)
@@ -461,7 +458,7 @@ class _Segments:
             unit = _fixed_chunk(size) if tiles.deterministic else size
             skipped = np.minimum(np.maximum(nearest, 0) // unit * unit, tokens)
         return cls(
-            np.array(blocks, np.int64), np.array(first_block, np.int64), begin, tokens, skipped,
+            blocks, first_block, begin, tokens, skipped,
             row_of, member_ptr, query[member], limit, own, lower,
         )  # fmt: skip
 
@@ -556,7 +553,7 @@ def _chunk_tokens(
     # Long items that start in a second wave would run alone at the end; and where they are much
     # longer than the small ones, these need their share of the first.
     small_cost = left[~large] + tiles.item_cost
-    if len(small_cost) and chunk > 3 * small_cost.mean():
+    if len(small_cost) and chunk > 2.5 * small_cost.mean():
         large_cost = float((rate * (left + tiles.item_cost))[large].sum())
         room *= large_cost / (large_cost + small_cost.sum())
     while pieces[large].sum() > max(room, large.sum()):
