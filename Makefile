@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_MIN ?= .venv-min
-# Further arguments: PYTEST_ARGS="-k fork -x", PIP_ARGS="--index-url ..."
+# Further arguments: PYTEST_ARGS="-k fork -x", BENCH_ARGS="--only W2", PIP_ARGS="--index-url ..."
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 WORKERS ?= 2
 PIP_ARGS ?=
 
@@ -13,7 +14,7 @@ comma := ,
 BENCHMARKS := $(wildcard benchmarks/memory.py benchmarks/cpu_generate.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv weights test test-min test-gpu demo check bench clean
+.PHONY: help venv weights test test-min test-gpu demo check bench bench-gpu clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -43,6 +44,9 @@ check: $(VENV)/.installed  ## lint, format, types
 
 bench: weights  ## benchmarks that run on a CPU
 	@for script in $(BENCHMARKS); do echo "==> $$script"; $(BIN)/python $$script || exit 1; done
+
+bench-gpu:  ## benchmark of the kernel on a GPU, in an environment as for test-gpu; 6 minutes
+	$(PYTHON) benchmarks/kernel.py $(BENCH_ARGS)
 
 clean:  ## everything that make and the tools left here; the weights stay
 	rm -rf $(VENV) $(VENV_MIN) .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist

@@ -172,7 +172,7 @@ def _read_kernel(
     tl.store(p_sums + i_program, tl.sum(b_sum, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_ids"])
 def _gather_kernel(
     p_k,  # [num_blocks, WORDS] int32
     p_v,  # [num_blocks, WORDS] int32

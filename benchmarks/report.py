@@ -1,7 +1,8 @@
-"""Writes README's results and its figure from benchmarks/results, or checks that they are current.
+"""Writes the results in README and docs, and the figures, from benchmarks/results, or checks them.
 
-python benchmarks/report.py           after a benchmark has left new results
-python benchmarks/report.py --check   exits with 1 when README or the figure are out of date
+python benchmarks/report.py             after a benchmark has left new results
+python benchmarks/report.py --figures   draws the roofline, too; needs matplotlib (extra "viz")
+python benchmarks/report.py --check     exits with 1 when a page or a figure is out of date
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import kernel_tables
 from hf_tree_cache.memory.allocator import PhysicalKVAllocator
 from hf_tree_cache.memory.tree import Branch, BranchTree
 
@@ -35,9 +37,16 @@ def load(results: Path, name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def results_text(cpu: dict[str, Any] | None, memory: dict[str, Any] | None) -> str:
+def results_text(
+    cpu: dict[str, Any] | None,
+    memory: dict[str, Any] | None,
+    kernel: dict[str, Any] | None = None,
+) -> str:
     """What stands between the markers in README."""
     parts = []
+    if kernel is not None:
+        parts += kernel_tables.readme_table(kernel)
+        parts += [""] if cpu is not None else []
     if cpu is not None:
         parts += [*_cpu_table(cpu), "", *_cpu_notes(cpu)]
     if memory is not None:
@@ -286,22 +295,36 @@ def _text(x: float, y: float, words: str, kind: str) -> str:
 def pages(root: Path) -> dict[Path, str]:
     """Every file that this script writes, with what belongs into it."""
     results = root / "benchmarks" / "results"
-    cpu, memory = load(results, "cpu_generate"), load(results, "memory")
-    readme = root / "README.md"
-    before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{readme.name} lacks the markers {BEGIN!r} and {END!r}: put them back.")
-    table = results_text(cpu, memory)
+    cpu, memory, kernel = (load(results, name) for name in ("cpu_generate", "memory", "kernel"))
+    readme, docs = root / "README.md", root / "docs" / "benchmarks.md"
     return {
-        readme: f"{before}{BEGIN}\n{table}\n{END}{after}",
+        readme: _filled(readme, results_text(cpu, memory, kernel)),
+        docs: _filled(docs, kernel_tables.docs_text(kernel)),
         root / "docs" / "figures" / "tree.svg": figure(cpu),
     }
+
+
+def _filled(page: Path, results: str) -> str:
+    """The page with ``results`` between its markers."""
+    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{page.name} lacks the markers {BEGIN!r} and {END!r}: put them back.")
+    return f"{before}{BEGIN}\n{results}\n{END}{after}"
+
+
+def _is_stale(roofline: Path, kernel: dict[str, Any] | None) -> bool:
+    """Whether the picture shows other results; what drew it is not needed to tell."""
+    if kernel is None:
+        return roofline.exists()
+    shown = roofline.read_text(encoding="utf-8") if roofline.exists() else ""
+    return f"<!-- {kernel_tables.roofline_digest(kernel)} -->" not in shown
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if stale")
+    parser.add_argument("--figures", action="store_true", help="draw the roofline, too")
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     stale = []
@@ -312,6 +335,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not options.check:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
+    roofline = options.root / "docs" / "figures" / "roofline.svg"
+    kernel = load(options.root / "benchmarks" / "results", "kernel")
+    if options.figures and kernel is not None and not options.check:
+        roofline.write_text(kernel_tables.draw_roofline(kernel), encoding="utf-8")
+        stale.append(str(roofline.relative_to(options.root)))
+    elif _is_stale(roofline, kernel):
+        name = roofline.relative_to(options.root)
+        print(f"out of date: {name}. Run python benchmarks/report.py --figures (extra 'viz').")
+        if options.check:
+            return 1
     if stale and options.check:
         print(f"out of date: {', '.join(stale)}. Run python benchmarks/report.py.")
         return 1

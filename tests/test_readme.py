@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from contextlib import redirect_stdout
 from io import StringIO
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from test_floors import FLOORS, modules_of
 
-from benchmarks import report
+from benchmarks import kernel_tables, report
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -122,16 +123,87 @@ def test_the_figure_is_well_formed_with_and_without_results(cpu: dict[str, Any] 
     assert "8 blocks held; 4 separate rows would take 16" in svg
 
 
+KERNEL_ROW = {
+    "name": "W1_64, 32/8 heads",
+    "workload": "W1_64",
+    "num_q_heads": 32,
+    "is_main": True,
+    "allocated": False,
+    "ok": True,
+    "unique_bytes": 75_000_000,
+    "logical_bytes": 591_000_000,
+    "flop": 2_370_000_000,
+    "floor_us": 16.3,
+    "gather_us": 20.8,
+    "us": {"median": 28.8, "p20": 28.7, "p80": 29.0},
+    "over_gather": 1.38,
+    "error": 2e-3,
+    "must_us": 30,
+    "aim_us": 26,
+    "items": 20,
+    "work_items": 15,
+    "part_bytes": 2_500_000,
+    **{f"{part}_us": {"median": 800.0} for part in ("plan", "fork", "token")},
+    "peers": {
+        "other": {"version": "other 1.0", "us": {"median": 24.0}},
+        "absent": {"version": "absent 2.0", "reason": "does not | import"},
+    },
+}
+KERNEL = {
+    "environment": {"gpu": "NVIDIA H200", "torch": "2"},
+    "ceilings": {"read_tb_per_s": 4.63, "copy_tb_per_s": 4.21, "matmul_tflops": 780.0},
+    "rows": [
+        KERNEL_ROW,
+        KERNEL_ROW | {"allocated": True, "is_main": False, "us": {"median": 27.5}},
+        {"name": "W3, odd", "workload": "W3", "ok": False, "reason": "no room"},
+    ],
+}
+
+
+def test_the_kernel_tables_show_targets_losses_and_failures() -> None:
+    text = kernel_tables.docs_text(KERNEL)
+    (main,) = (line for line in text.splitlines() if line.startswith("| W1_64 | 32 | 75 / 591"))
+    assert "| **28.8** (28.7 to 29.0) | 1.38 | 30 | **26 missed** | 27.5 |" in main
+    assert "24.0 (**we lose: 1.20 × longer**), other" in main
+    assert "| W1_64 | 32 | **28.8** | 24.0 | – |" in text
+    assert "absent (absent 2.0). Not run: W1_64 with 32 heads: does not / import." in text
+    assert "**Failed:** W3, odd: no room." in text
+    assert "| W3, odd | **failed** |" in text
+    short = report.results_text(None, None, KERNEL)
+    assert "| 2,000 shared, 64 × 256 tokens | 20.8 | 28.8 | 24.0 (**we lose" in short
+
+
+def test_the_roofline_is_told_from_one_of_other_results(tmp_path: Path) -> None:
+    picture = tmp_path / "docs" / "figures" / "roofline.svg"
+    results = tmp_path / "benchmarks" / "results" / "kernel.json"
+    for file in (picture, results):
+        file.parent.mkdir(parents=True)
+    results.write_text(json.dumps(KERNEL), encoding="utf-8")
+    for page in (tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"):
+        page.write_text(f"{report.BEGIN}\n{report.END}\n", encoding="utf-8")
+    root = ["--root", str(tmp_path)]
+    assert report.main(root) == 0
+    assert report.main([*root, "--check"]) == 1
+    picture.write_text(f"<!-- {kernel_tables.roofline_digest(KERNEL)} -->", encoding="utf-8")
+    assert report.main([*root, "--check"]) == 0
+    slower = KERNEL_ROW | {"us": {"median": 29.8, "p20": 28.7, "p80": 29.0}}
+    results.write_text(json.dumps(KERNEL | {"rows": [slower]}), encoding="utf-8")
+    assert report.main(root) == 0
+    assert report.main([*root, "--check"]) == 1
+
+
 def test_report_writes_then_agrees_and_notices_an_edit(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"above\n{report.BEGIN}\n{report.END}\nbelow\n", encoding="utf-8")
+    readme, docs = tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"
+    docs.parent.mkdir()
+    for page in (readme, docs):
+        page.write_text(f"above\n{report.BEGIN}\n{report.END}\nbelow\n", encoding="utf-8")
     root = ["--root", str(tmp_path)]
     assert report.main([*root, "--check"]) == 1
     assert report.main(root) == 0
     assert report.main([*root, "--check"]) == 0
     text = readme.read_text(encoding="utf-8")
     assert text.startswith("above\n") and text.endswith("\nbelow\n")
-    assert "No results yet" in text
+    assert "No results yet" in text and "No results yet" in docs.read_text(encoding="utf-8")
     readme.write_text(text.replace("yet", "at all"), encoding="utf-8")
     assert report.main([*root, "--check"]) == 1
     readme.write_text("no markers", encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -63,7 +64,8 @@ class Workspace:
     """Device buffers of one kind of launch, kept from forward to forward at fixed addresses.
 
     The work list is cut anew when the tree changes. While rows only grow, their lengths change,
-    and block numbers where a row reaches a new block.
+    and block numbers where a row reaches a new block. Launches share the buffers, so they must
+    follow each other on one stream.
 
     Args:
         key: what it is for.
@@ -407,12 +409,14 @@ def tree_attention_triton(
     workspace = plan.buffers.get((storage, key))
     if workspace is None:
         workspace = plan.buffers[storage, key] = Workspace(key)
-    workspace.prepare(plan, storage)
     if q.stride(3) != 1:
         q = q.contiguous()
     out = q.new_empty((num_rows, num_new, num_q_heads, spec.v_head_dim))
     lse = torch.empty((num_rows, num_new, num_q_heads), dtype=torch.float32, device=q.device)
-    workspace.launch(q, storage, layer, out, lse, scale=scale, softcap=softcap, sinks=sinks)
+    # Triton launches on the current device, which need not be the layer's.
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        workspace.prepare(plan, storage)
+        workspace.launch(q, storage, layer, out, lse, scale=scale, softcap=softcap, sinks=sinks)
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 

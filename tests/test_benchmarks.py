@@ -1,0 +1,112 @@
+"""What the GPU benchmark asks for, checked without a GPU; its times need one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import cases
+import kernel
+import workloads
+
+FIGURES = {
+    # megabytes stored, megabytes that rows read one by one, GFLOP with 32 heads
+    "W1_16": (25, 148, 0.59),
+    "W1_64": (75, 591, 2.37),
+    "W1_256": (277, 2366, 9.46),
+    "W2": (201, 4362, 17.45),
+    "W3": (134, 1544, 6.17),
+    "W4": (46, 696, 2.79),
+    "W5": (1074, 1074, 4.29),
+}
+LIMITS = {"read_tb_per_s": 4.63, "matmul_tflops": 780.0}
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "DEVICE", torch.device("cpu"))
+
+
+def small(case: cases.Case) -> cases.Case:
+    return replace(case, num_q_heads=2, num_kv_heads=1, head_dim=8, dtype="float32")
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_workloads_have_the_bytes_and_products_they_are_known_by(name: str) -> None:
+    case = cases.Case(name)
+    tree = case.build()
+    visible = cases.Visible.of(tree, 1, None)
+    slot_bytes = case.spec.block_bytes(1)
+    assert visible.unique * slot_bytes == workloads.unique_bytes(tree, case.spec)
+    flop = 4 * case.num_q_heads * case.head_dim * visible.pairs
+    assert flop == workloads.products(tree, case.spec, case.num_q_heads)
+    shown = (round(visible.unique * slot_bytes / 1e6), round(visible.logical * slot_bytes / 1e6))
+    assert (*shown, round(flop / 1e9, 2)) == FIGURES[name]
+
+
+@pytest.mark.parametrize("num_new, window", [(1, None), (1, 300), (4, None), (3, 7)])
+def test_visible_tokens_are_those_of_each_row_together(num_new: int, window: int | None) -> None:
+    case = cases.Case("W4", num_new=num_new, window=window)
+    tree = case.build()
+    slots, pairs, logical = set(), 0, 0
+    for branch in tree.rows:
+        table, length = tree.block_table(branch), tree.length(branch)
+        seen = [
+            range(max(0, position + 1 - window) if window else 0, position + 1)
+            for position in range(length - num_new, length)
+        ]
+        pairs += sum(map(len, seen))
+        logical += length - seen[0].start
+        slots |= {(table[i // 16], i % 16) for i in range(seen[0].start, length)}
+    visible = cases.Visible.of(tree, num_new, case.look_back)
+    assert (visible.unique, visible.logical, visible.pairs) == (len(slots), logical, pairs)
+    assert set(visible.blocks) == {block for block, _ in slots}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_peers_get_levels_that_add_up_to_each_row(name: str, on_cpu: None) -> None:
+    case = small(cases.Case(name))
+    step = cases.Step(case, cases.Data.of(case, num_layers=1))
+    step.problem().check()
+
+
+def test_the_exact_results_are_those_of_the_reference(on_cpu: None) -> None:
+    from hf_tree_cache.attention.reference import tree_attention_reference
+
+    case = replace(small(cases.Case("W1_16")), num_new=3, window=700)
+    step = cases.Step(case, cases.Data.of(case, num_layers=1))
+    out, lse = step.exact(0)
+    want, want_lse = tree_attention_reference(
+        step.q[0], step.data.storage, 0, step.plan, scale=case.scale, window=case.look_back
+    )
+    torch.testing.assert_close(out.transpose(1, 2).float(), want)
+    torch.testing.assert_close(lse.transpose(1, 2).float(), want_lse)
+
+
+def test_names_are_unique_and_only_main_cases_have_targets() -> None:
+    every = [*cases.MAIN_CASES, *cases.OTHER_CASES]
+    assert len({case.name for case in every}) == len(every)
+    assert [case for case in every if case.is_main] == cases.MAIN_CASES
+    assert {case.workload for case in kernel.chosen_cases("W2,W5")} == {"W2", "W5"}
+    with pytest.raises(ValueError, match="W9; the workloads are W1_16"):
+        kernel.chosen_cases("W2,W9")
+
+
+def test_results_survive_from_one_run_to_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "results" / "kernel.json"
+    first = kernel.Results(path, {"ceilings": LIMITS}, keep=False)
+    first.put({"name": "W2, 32/8 heads", "ok": True})
+    first.put({"name": "W1_16, 32/8 heads", "ok": False})
+    assert list(kernel.Results(path, {}, keep=True).rows) == ["W1_16, 32/8 heads", "W2, 32/8 heads"]
+    assert kernel.Results(path, {}, keep=False).rows == {}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert kernel.main([]) == 2
+    assert "sees no CUDA GPU" in capsys.readouterr().err
