@@ -14,7 +14,7 @@ comma := ,
 BENCHMARKS := $(wildcard benchmarks/memory.py benchmarks/cpu_generate.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv weights test test-min test-gpu demo check bench bench-gpu clean
+.PHONY: help venv weights test test-min test-gpu demo check bench bench-gpu models clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -47,6 +47,9 @@ bench: weights  ## benchmarks that run on a CPU
 
 bench-gpu:  ## benchmark of the kernel on a GPU, in an environment as for test-gpu; 6 minutes
 	$(PYTHON) benchmarks/kernel.py $(BENCH_ARGS)
+
+models: $(VENV)/.installed  ## docs/models.md: which models of transformers run, and how; 2 minutes
+	$(BIN)/python benchmarks/model_coverage.py
 
 clean:  ## everything that make and the tools left here; the weights stay
 	rm -rf $(VENV) $(VENV_MIN) .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist

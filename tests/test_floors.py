@@ -34,6 +34,7 @@ FLOORS = {
     "integration.layers": 5,
     "generation.record": 5,
     "attention.dispatch": 6,
+    "attention.tune": 6,
     "integration.handles": 6,
     "generation.output": 6,
     "integration.cache": 7,

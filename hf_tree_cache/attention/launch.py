@@ -17,7 +17,7 @@ from ..memory.storage import KVSpec, KVStorage
 from .kernel import tree_attention_kernel
 from .plan import TreeAttentionPlan, Window
 from .schedule import FIELDS, WorkList, schedule
-from .tiles import TileSet, tiles_for
+from .tiles import Key, TileSet, tiles_for, tune_once
 
 LOG2E = math.log2(math.e)
 WINDOW_KINDS = {"sliding": 1, "chunked": 2}
@@ -84,7 +84,7 @@ class Workspace:
         self.work: WorkList | None = None
         self._plan: TreeAttentionPlan | None = None
         self._lengths: npt.NDArray[np.int64] = np.zeros(0, np.int64)
-        tiles = key.tiles or _table_tiles(key.spec)
+        tiles = key.tiles or find_tiles(key)
         self._set = TileSet(
             *(replace(t, deterministic=key.deterministic) for t in (tiles.mixed, tiles.small))
         )
@@ -145,9 +145,6 @@ class Workspace:
         k, v = storage.first_planes(layer)
         num_items = ints.capacity("tokens") if self.fixed else work.num_items
         width, first = self._record_shape(storage.block_size)
-        options: dict[str, Any] = {"num_warps": tiles.num_warps, "enable_fp_fusion": True}
-        if tiles.max_registers and torch.version.cuda:
-            options["maxnreg"] = tiles.max_registers
         window = key.window
         return tree_attention_kernel[(num_items * spec.num_kv_heads,)](
             q,
@@ -202,7 +199,7 @@ class Workspace:
             SINKS=sinks is not None,
             SPLIT_LIST=spec.k_head_dim != spec.v_head_dim,
             PRECISION="ieee",
-            **options,
+            **tiles.options(_arch(spec.device)),
         )
 
     def _record_shape(self, block_size: int) -> tuple[int, int]:
@@ -221,7 +218,9 @@ class Workspace:
     def _grow(self, plan: TreeAttentionPlan, storage: KVStorage) -> bool:
         """Bring the buffers up to date if rows only grew, by as much each; whether it could."""
         last, work = self._plan, self.work
-        if last is None or work is None or plan.topology_version != last.topology_version:
+        if last is None or work is None or plan.tree is not last.tree:
+            return False
+        if plan.topology_version != last.topology_version:
             return False
         if plan.num_new != 1 or last.num_new != 1 or not (all(plan.counts) and all(last.counts)):
             return False
@@ -245,6 +244,9 @@ class Workspace:
             ]
             places = work.tail_base[row_of] + block_of
             numbers = self._put_numbers(storage, places, np.array(blocks))
+            half = ints.capacity("list") // 2
+            for offset in (0, half) if self._split else (0,):
+                ints.send_part("list", int(places.min()) + offset, int(places.max()) + 1 + offset)
             # Records hold the first numbers of their items.
             items = work.tail_item[row_of]
             offsets = places - work.items[items, 1]
@@ -259,12 +261,18 @@ class Workspace:
 
     def _rebuild(self, plan: TreeAttentionPlan, storage: KVStorage) -> None:
         plan.check_fresh()
-        self.tiles = self._set.mixed
-        work = self._schedule(plan)
-        if not (work.num_large or self.fixed or self.key.deterministic):
-            self.tiles = self._set.small
-            work = self._schedule(plan)
-        self.work = work
+        one_class = self.fixed or self.key.deterministic
+        work = schedule(
+            plan,
+            self._set.mixed,
+            group_size=self.key.group_size,
+            num_kv_heads=self.key.spec.num_kv_heads,
+            num_sms=_num_sms(self.key.spec.device),
+            window=self.key.window,
+            fixed=self.fixed,
+            small_tiles=None if one_class else self._set.small,
+        )
+        self.work, self.tiles = work, work.tiles
         width, first = self._record_shape(plan.block_size)
         record = FIELDS + 2 * width + first
         num_items, num_queries = work.num_items, plan.num_rows * plan.num_new
@@ -275,14 +283,15 @@ class Workspace:
             grows=num_items,
             part_ptr=num_queries + 1,
             part_slots=work.num_slots,
-            list=2 * len(work.blocks),
+            list=len(work.blocks) * (2 if self._split else 1),
             items=_rounded(num_items) * record,
         )
         arrived = num_queries * self.key.spec.num_kv_heads
         flags = (num_items - work.num_work) * self.key.spec.num_kv_heads
-        fits = arrived <= len(self._arrived) and flags + SYNC_HEAD <= len(self._sync)
-        if not fits or work.num_slots > len(self._parts):
-            self._make_parts(work.num_slots, arrived, flags + SYNC_HEAD)
+        needed = (work.num_slots, arrived, flags + SYNC_HEAD)
+        have = (len(self._parts), len(self._arrived), len(self._sync))
+        if any(size > capacity for size, capacity in zip(needed, have, strict=True)):
+            self._make_parts(*map(max, needed, have))
             moved = True
         self.generation += moved
         ints = self._ints
@@ -293,39 +302,28 @@ class Workspace:
         ints.host("grows")[:num_items] = work.grows
         ints.host("part_ptr")[: num_queries + 1] = work.part_ptr
         ints.host("part_slots")[: work.num_slots] = work.part_slots
-        numbers = self._put_numbers(
-            storage, np.arange(len(work.blocks)), work.blocks.astype(np.int64)
-        )
+        numbers = self._put_numbers(storage, np.arange(len(work.blocks)), work.blocks)
         records = self._records(plan.block_size)
         records[:, : FIELDS + 2 * width] = work.items
         records[:, FIELDS + 2 * width :] = numbers[work.items[:, 1:2] + np.arange(first)]
         ints.send("sizes", "items")
 
-    def _schedule(self, plan: TreeAttentionPlan) -> WorkList:
-        return schedule(
-            plan,
-            self.tiles,
-            group_size=self.key.group_size,
-            num_kv_heads=self.key.spec.num_kv_heads,
-            num_sms=_num_sms(self.key.spec.device),
-            window=self.key.window,
-            fixed=self.fixed,
-        )
+    @property
+    def _split(self) -> bool:
+        """K and V have numbers of their own, those of V in the list's second half."""
+        return self.key.spec.k_head_dim != self.key.spec.v_head_dim
 
     def _put_numbers(
-        self, storage: KVStorage, places: npt.NDArray[np.int64], blocks: npt.NDArray[np.int64]
+        self, storage: KVStorage, places: npt.NDArray[np.int64], blocks: npt.NDArray[Any]
     ) -> npt.NDArray[np.int32]:
-        """Write the numbers of ``blocks`` to ``places`` of the list; those of K."""
-        k_numbers, v_numbers = (numbers.numpy()[blocks] for numbers in storage.block_numbers())
+        """Write the numbers of ``blocks`` to ``places`` of the list on the host; those of K."""
+        k_numbers, v_numbers = storage.block_numbers()
         numbers = self._ints.host("list")
-        half = len(numbers) // 2
-        numbers[places] = k_numbers
-        numbers[places + half] = v_numbers
-        first, last = int(places.min()), int(places.max()) + 1
-        self._ints.send_part("list", first, last)
-        if self.key.spec.k_head_dim != self.key.spec.v_head_dim:
-            self._ints.send_part("list", first + half, last + half)
-        return k_numbers
+        taken: npt.NDArray[np.int32] = k_numbers.numpy()[blocks]
+        numbers[places] = taken
+        if self._split:
+            numbers[places + len(numbers) // 2] = v_numbers.numpy()[blocks]
+        return taken
 
     def _make_parts(self, num_slots: int, arrived: int, sync: int) -> None:
         device = self.key.spec.device
@@ -429,9 +427,24 @@ def _padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def _table_tiles(spec: KVSpec) -> TileSet:
+def tiles_key(spec: KVSpec) -> Key:
+    """Where the tiles for ``spec`` stand in the table."""
     head_dim = _padded(max(spec.k_head_dim, spec.v_head_dim))
-    return tiles_for(_arch(spec.device), spec.dtype.itemsize, head_dim)
+    return _arch(spec.device), spec.dtype.itemsize, head_dim
+
+
+def find_tiles(key: WorkspaceKey) -> TileSet:
+    """The tiles to use where ``key`` names none."""
+    spec, entry = key.spec, tiles_key(key.spec)
+    tune_once(
+        entry,
+        f"--head-dim={max(spec.k_head_dim, spec.v_head_dim)}",
+        f"--dtype={str(spec.dtype).removeprefix('torch.')}",
+        f"--group={key.group_size}",
+        f"--kv-heads={spec.num_kv_heads}",
+        f"--device={spec.device.index or 0}",
+    )
+    return tiles_for(*entry, shared_bytes=_shared_bytes(spec.device))
 
 
 @cache
@@ -441,6 +454,16 @@ def _arch(device: torch.device) -> str:
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+@cache
+def _shared_bytes(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    # AMD has no larger size to opt in to.
+    least = properties.shared_memory_per_block
+    return getattr(properties, "shared_memory_per_block_optin", least)
 
 
 @cache

@@ -9,6 +9,7 @@ each K/V head, and a query with several items has its parts merged by a merge it
 from __future__ import annotations
 
 from dataclasses import dataclass
+from heapq import heapreplace
 from itertools import accumulate, chain
 
 import numpy as np
@@ -36,6 +37,15 @@ GROWTH_TOKENS = 256
 FIXED_CHUNK = 512
 """Tokens of an item when cuts must not depend on the rest of the batch."""
 
+AROUND = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4)
+"""What is tried around ``Tiles.waves``, on a model of the GPU."""
+
+MOST_SIMULATED = 128
+"""Segments up to which the cut is chosen by simulation; many segments even out by themselves."""
+
+CLOSE = 1.03
+"""A cut is as good as the best if the model ends it within this factor."""
+
 LIST_PADDING = 64
 """Numbers behind the list: the kernel loads those of the next tiles ahead."""
 
@@ -52,6 +62,7 @@ class WorkList:
         part_slots: int32, slots of each query's parts, by position.
         tokens: int32 ``[n]``, tokens of each item, with which the queries end that see all.
         grows: int32 ``[n]``, 1 where ``tokens`` grows with its row.
+        tiles: what the items are made for.
         num_work: items before the first merge.
         num_slots: parts in all.
         num_large: items of the large class.
@@ -68,6 +79,7 @@ class WorkList:
     blocks: Ints
     part_ptr: Ints
     part_slots: Ints
+    tiles: Tiles
     num_work: int
     num_slots: int
     num_large: int
@@ -109,6 +121,7 @@ def schedule(
     num_sms: int,
     window: Window | None = None,
     fixed: bool = False,
+    small_tiles: Tiles | None = None,
 ) -> WorkList:
     """Cut the attention of one forward into items.
 
@@ -117,10 +130,14 @@ def schedule(
         num_sms: multiprocessors that share the work.
         window: tokens that no query sees any more are left out.
         fixed: merges have the same shape whatever the plan.
+        small_tiles: take these instead where nothing is shared by more than a small tile.
     """
     outline = _Outline(plan, tiles, group_size)
     outline.walk()
     segments = _Segments.of(outline, plan, window, tiles)
+    most_queries = np.diff(segments.member_ptr).max(initial=0)
+    if small_tiles is not None and most_queries * group_size <= tiles.m_small:
+        tiles = small_tiles
     steps = _chunk_tokens(segments, tiles, group_size, num_sms / num_kv_heads, plan.block_size)
     items = _Items.of(segments, steps, tiles, group_size)
     return _work_list(plan, segments, items, tiles, group_size, fixed)
@@ -535,7 +552,7 @@ class _Items:
 def _chunk_tokens(
     segments: _Segments, tiles: Tiles, group_size: int, sms_per_head: float, size: int
 ) -> Longs:
-    """Tokens of each segment's items, to fill the GPU about ``tiles.waves`` times."""
+    """Tokens of each segment's items: so many that they end together, as far as can be known."""
     left = segments.tokens - segments.skipped
     if tiles.deterministic:
         return np.full(len(left), _fixed_chunk(size), np.int64)
@@ -543,23 +560,48 @@ def _chunk_tokens(
     large = np.diff(segments.member_ptr) * group_size > tiles.m_small
     rate = np.where(large, tiles.large_cost, 1.0)
     room = tiles.programs_per_sm * sms_per_head
-    chunk = float((rate * (left + tiles.item_cost)).sum()) / (room * tiles.waves)
+    wave = float((rate * (left + tiles.item_cost)).sum()) / room
     most = np.maximum(left // tiles.min_chunk, 1)
 
-    def pieces_of(chunk: float) -> Longs:
-        return np.minimum(np.maximum((left * rate / chunk + 0.5).astype(np.int64), 1), most)
+    def cut(waves: float) -> Longs:
+        pieces = (left * rate * waves / max(wave, 1.0) + 0.5).astype(np.int64)
+        return (-(-left // (pieces.clip(1, most) * quantum))).clip(1) * quantum
 
-    pieces = pieces_of(max(chunk, 1.0))
-    # Long items that start in a second wave would run alone at the end; and where they are much
-    # longer than the small ones, these need their share of the first.
-    small_cost = left[~large] + tiles.item_cost
-    if len(small_cost) and chunk > 2.5 * small_cost.mean():
-        large_cost = float((rate * (left + tiles.item_cost))[large].sum())
-        room *= large_cost / (large_cost + small_cost.sum())
-    while pieces[large].sum() > max(room, large.sum()):
-        chunk *= 1.02
-        pieces[large] = pieces_of(chunk)[large]
-    return (-(-left // (pieces * quantum))).clip(1) * quantum
+    best = cut(tiles.waves)
+    # Where work is split at all, a few more or fewer pieces decide whether the last ones run alone.
+    if (best < left).any() and len(left) <= MOST_SIMULATED:
+        cuts = {
+            tuple(steps.tolist()): steps for steps in map(cut, (tiles.waves * x for x in AROUND))
+        }
+        ends = {
+            key: _makespan(left, steps, rate, large, tiles.item_cost, int(room))
+            for key, steps in cuts.items()
+        }
+        # Of those that end about first, the fewest items: less to merge.
+        bound = CLOSE * min(ends.values())
+        best = next(cuts[key] for key, end in ends.items() if end <= bound)
+    return best
+
+
+def _makespan(
+    left: Longs,
+    steps: Longs,
+    rate: npt.NDArray[np.float64],
+    large: npt.NDArray[np.bool_],
+    item_cost: int,
+    room: int,
+) -> float:
+    """When the last item ends, in tokens, if ``room`` of them run at a time in the list's order."""
+    pieces = -(-left // steps)
+    costs = np.repeat(rate * (np.minimum(steps, left) + item_cost), pieces)
+    order = np.lexsort((-costs, ~np.repeat(large, pieces)))
+    ends = [0.0] * max(1, room)
+    last = 0.0
+    for cost in costs[order].tolist():
+        end = ends[0] + cost
+        heapreplace(ends, end)
+        last = max(last, end)
+    return last
 
 
 def _work_list(
@@ -649,6 +691,7 @@ def _work_list(
         blocks=np.concatenate([segments.blocks, np.zeros(LIST_PADDING, np.int64)]).astype(np.int32),
         part_ptr=np.concatenate([[0], np.cumsum(num_parts)]).astype(np.int32),
         part_slots=part_slots.astype(np.int32),
+        tiles=tiles,
         num_work=num_work,
         num_slots=int(slots_used.sum()),
         num_large=int((records[:num_work, 0] == LARGE).sum()),

@@ -1,0 +1,174 @@
+"""Runs the fused kernel in Triton's interpreter, on a CPU, and prints what went wrong as JSON.
+
+A script, for a process of its own: whether a kernel is interpreted is decided when it is imported.
+Programs run one after the other, so merges cannot start first here.
+
+TRITON_INTERPRET=1 python tests/interpreted.py [NUMBER OF TREES]
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from kernel_calls import Call, Family, append, call_over, grow, make_call
+from trees import SHAPES, ShadowTree
+from triton import knobs
+
+from hf_tree_cache.attention.dispatch import run_tree_attention
+from hf_tree_cache.attention.plan import Window
+from hf_tree_cache.attention.tiles import Tiles, TileSet
+
+WINDOWS = [None, None, Window("sliding", 7), Window("chunked", 8), Window("sliding", 100)]
+FP16_FACTOR = 4.0
+"""The interpreter rounds the products of half precision more coarsely than a GPU."""
+
+
+def draw_family(seed: int) -> Family:
+    """A family in which every feature is drawn anew."""
+    rng = random.Random(seed)
+    tiles = Tiles(
+        m_large=rng.choice([32, 64]),
+        kv_small=rng.choice([16, 64]),
+        kv_large=rng.choice([16, 32, 64]),
+        min_chunk=rng.choice([16, 64, 256]),
+        item_cost=rng.choice([0, 20, 200]),
+        waves=rng.choice([0.5, 1, 4]),
+    )
+    other = Tiles(min_chunk=16, item_cost=20, waves=2, kv_small=32)
+    return Family(
+        dtype=rng.choice([torch.float32, torch.float32, torch.float16]),
+        head_dims=rng.choice([(16, 16), (64, 64), (24, 24), (32, 16)]),
+        group=rng.choice([1, 2, 4, 7, 16]),
+        block_size=rng.choice([4, 16, 16, 32, 64]),
+        num_new=(rng.choice([1, 1, 1, 2, 5, 17]),),
+        num_kv_heads=rng.choice([1, 1, 2]),
+        window=rng.choice(WINDOWS),
+        softcap=rng.choice([None, None, 3.0]),
+        sinks=rng.random() < 0.3,
+        deterministic=rng.random() < 0.2,
+        fixed=rng.random() < 0.3,
+        tiles=TileSet(tiles, rng.choice([tiles, other])),
+    )
+
+
+def complain(call: Call, got: tuple[torch.Tensor, torch.Tensor]) -> str | None:
+    return call.complain(got, factor=FP16_FACTOR if call.family.dtype == torch.float16 else 1.0)
+
+
+def run_tree(seed: int, seen: dict[str, set[Any]]) -> list[str]:
+    """One tree, some of them for a few tokens more; what is wrong."""
+    family = draw_family(seed)
+    rng = random.Random(seed)
+    call = make_call(family, seed, "cpu", slab_blocks=rng.choice([2, 8]))
+    workspace = family.workspace("cpu")
+    wrong = [complain(call, call.attend(workspace))]
+    work = workspace.work
+    assert work is not None
+    for feature, value in {
+        "dtype": str(family.dtype),
+        "head dims": family.head_dims,
+        "group": family.group,
+        "block size": family.block_size,
+        "T": call.grown.num_new,
+        "window": family.window is not None and family.window.kind,
+        "softcap": family.softcap is not None,
+        "sinks": family.sinks,
+        "deterministic": family.deterministic,
+        "fixed": family.fixed,
+        "merges": work.num_work < work.num_items,
+        "many parts": bool(work.num_slots) and int(work.part_ptr[1:].max()) > 8,
+        "large": work.num_large > 0,
+        "blanks": min(call.plan.counts) < call.plan.num_new,
+        "several slabs": call.storage.num_blocks > call.storage.slab_blocks,
+    }.items():
+        seen.setdefault(feature, set()).add(value)
+    if call.grown.num_new == 1 and seed % 2 == 0:
+        for _ in range(3):
+            # Into a new block in the last of three forwards, at the latest.
+            for _ in range(family.block_size // 2):
+                call = append(call, [1] * call.plan.num_rows)
+            wrong.append(complain(call, call.attend(workspace)))
+            seen.setdefault("grew in place", set()).add(workspace.work is work)
+    return [text for text in wrong if text is not None]
+
+
+def run_advance() -> list[str]:
+    """Buffers that count on by themselves, then a plan that has caught up."""
+    wrong = []
+    for window in (None, Window("sliding", 7), Window("chunked", 8)):
+        family = Family(torch.float32, (16, 16), 4, 16, num_kv_heads=1, window=window)
+        # 22, 24 and 23 tokens.
+        call = call_over(family, grow(ShadowTree(16), [20], "0 0 0", [1, 3, 2], [1, 1, 1]), "cpu")
+        workspace = family.workspace("cpu")
+        wrong.append(complain(call, call.attend(workspace)))
+        for _ in range(4):
+            call = append(call, [1] * call.plan.num_rows)
+            workspace.advance()
+            wrong.append(complain(call, call.launch(workspace)))
+        for _ in range(10):
+            call = append(call, [1] * call.plan.num_rows)
+        wrong.append(complain(call, call.attend(workspace)))
+    return [text for text in wrong if text is not None]
+
+
+def run_blanks() -> list[str]:
+    """Forwards in which no row has a new token, first of all or after others."""
+    wrong = []
+    for deterministic in (False, True):
+        family = Family(torch.float32, (16, 16), 4, 16, deterministic=deterministic, fixed=False)
+        for grows_first in (False, True):
+            call = make_call(family, 3, "cpu", scale=12)
+            workspace = family.workspace("cpu")
+            if grows_first:
+                call = append(call, [1] * call.plan.num_rows)
+                wrong.append(complain(call, call.attend(workspace)))
+            call = append(call, [0] * call.plan.num_rows)
+            wrong.append(complain(call, call.attend(workspace)))
+    return [text for text in wrong if text is not None]
+
+
+def run_dispatch() -> list[str]:
+    """Through the one entry of all backends; layers share the buffers."""
+    wrong = []
+    for seed in range(4):
+        family = Family(torch.float32, (16, 16), 2, 16, (1, 2), sinks=seed % 2 > 0, fixed=False)
+        call = make_call(family, seed, "cpu")
+        for _ in range(2):
+            out, lse = run_tree_attention(
+                call.q, call.storage, call.layer, call.plan, backend="triton", **call.options
+            )
+            wrong.append(complain(call, (out.transpose(1, 2), lse.transpose(1, 2))))
+            if len(call.plan.buffers) != 1:
+                wrong.append(f"{len(call.plan.buffers)} workspaces for one kind of layer")
+    return [text for text in wrong if text is not None]
+
+
+def main(num_trees: int) -> None:
+    assert knobs.runtime.interpret, "set TRITON_INTERPRET=1"
+    torch.set_num_threads(1)
+    seen: dict[str, set[Any]] = {}
+    failures: list[str] = []
+    jobs: list[tuple[str, Any]] = [
+        (f"tree {seed} ({SHAPES[seed % len(SHAPES)]})", lambda seed=seed: run_tree(seed, seen))
+        for seed in range(num_trees)
+    ]
+    jobs += [("advance", run_advance), ("blanks", run_blanks), ("dispatch", run_dispatch)]
+    for name, job in jobs:
+        try:
+            failures += [f"{name}: {text}" for text in job()]
+        except Exception:
+            failures.append(f"{name}: {traceback.format_exc(limit=-3)}")
+    features = {name: sorted(map(str, values)) for name, values in seen.items()}
+    print(json.dumps({"failures": failures, "seen": features}))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 96)
