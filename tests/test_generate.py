@@ -1257,3 +1257,20 @@ def test_random_walk(name: str, seed: int) -> None:
         for _ in range(25):
             walk.step()
     assert not walk.cache.dense_reads
+
+
+def test_a_keyword_that_nobody_heeds_is_refused() -> None:
+    query, keys, values = torch.randn(1, 4, 2, 8), *torch.randn(2, 1, 2, 2, 8)
+    with pytest.raises(UnsupportedModel, match=r"'indices'.*disable\(\)"):
+        tree_attention_forward(Layer(), query, keys, values, None, indices=torch.zeros(1))
+    tree_attention_forward(Layer(), query, keys, values, None, indices=None)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0], ids=["sdpa", "softcap"])
+def test_the_last_queries_of_a_prompt_see_no_future(softcap: float | None) -> None:
+    """Gemma 4 drops all queries but the last ones, where none needed a mask."""
+    query, (keys, values) = torch.randn(1, 4, 9, 8), torch.randn(2, 1, 2, 9, 8)
+    layer = Layer().eval()
+    whole, _ = tree_attention_forward(layer, query, keys, values, None, softcap=softcap)
+    last, _ = tree_attention_forward(layer, query[:, :, 6:], keys, values, None, softcap=softcap)
+    torch.testing.assert_close(last, whole[:, 6:])

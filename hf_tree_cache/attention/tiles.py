@@ -157,8 +157,10 @@ _ROWS: tuple[tuple[tuple[str, ...], int, tuple[int, ...], Tiles, Tiles], ...] = 
     (_ROOMY, 2, _EASY, Tiles(kv_large=64, max_registers=168, programs_per_sm=3),
      Tiles(programs_per_sm=4)),
     (_TIGHT, 2, _EASY, Tiles(kv_large=64), Tiles(stages_small=2, programs_per_sm=4)),
-    # Measured on an H200.
-    (("sm_90", "sm_100"), 2, (128,), Tiles(max_registers=168, programs_per_sm=3),
+    # Measured on an H200, merges of lists without large items excepted.
+    (("sm_90",), 2, (128,), Tiles(max_registers=168, programs_per_sm=3),
+     Tiles(stages_small=2, merge_parts=4, programs_per_sm=4)),
+    (("sm_100",), 2, (128,), Tiles(merge_parts=4, max_registers=168, programs_per_sm=3),
      Tiles(stages_small=2, merge_parts=4, programs_per_sm=4)),
     (("sm_80",), 2, (128,), Tiles(merge_parts=4),
      Tiles(stages_small=2, merge_parts=4, programs_per_sm=3)),

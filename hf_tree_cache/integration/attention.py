@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..attention.dispatch import run_tree_attention
 from ..attention.plan import Window
+from ..errors import UnsupportedModel
 from .handles import LayerKV, PagedKV, TreeMask
 
 NAME = "tree_attention"
@@ -34,6 +36,10 @@ KNOWN_KWARGS = frozenset(
 )
 """Keywords that do not change the result of a forward over a cache. Any other one that is not None
 means something we do not know, and sends the call to the dense path."""
+
+
+SDPA_KWARGS = frozenset(inspect.signature(sdpa_attention_forward).parameters)
+"""Keywords that transformers' sdpa heeds."""
 
 
 def tree_attention_forward(
@@ -135,10 +141,7 @@ def _find_obstacle(
         return None, "query of another kind"
     if (num_rows, num_new) != (len(step.counts), step.num_new):
         return None, "query of another shape"
-    causal = kwargs.get("is_causal")
-    if causal is None:
-        causal = getattr(module, "is_causal", True)
-    if not causal and num_new > 1:
+    if num_new > 1 and not _is_causal(module, kwargs):
         return None, "not causal"
     if mask is None:
         return None, None
@@ -150,6 +153,26 @@ def _find_obstacle(
     if not step.padding_known and not mask.all_tokens:
         return None, "padding"
     return window, None
+
+
+def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    causal = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if causal is None else causal)
+
+
+def _refuse_unknown(kwargs: dict[str, Any], known: frozenset[str]) -> None:
+    """Never swallow a keyword that may change the result.
+
+    Raises:
+        UnsupportedModel: nobody below would heed it.
+    """
+    unknown = [k for k, v in kwargs.items() if v is not None and k not in KNOWN_KWARGS | known]
+    if unknown:
+        raise UnsupportedModel(
+            f"The model's attention passes {unknown[0]!r}, which neither tree attention nor sdpa "
+            "knows; going on without it would be wrong. Do not enable tree attention for it "
+            "(call disable() on what enable_tree_attention returned): it keeps its own then."
+        )
 
 
 def _dense_attention(
@@ -165,10 +188,17 @@ def _dense_attention(
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, None]:
     """transformers' sdpa, or its eager formula where softcap or sinks rule sdpa out."""
+    plain = softcap is None and sinks is None
+    _refuse_unknown(kwargs, SDPA_KWARGS if plain else frozenset())
     key = key.dense() if isinstance(key, PagedKV) else key
     value = value.dense() if isinstance(value, PagedKV) else value
     mask = mask.dense() if isinstance(mask, TreeMask) else mask
-    if softcap is None and sinks is None:
+    num_new, length = query.shape[2], key.shape[2]
+    if mask is None and 1 < num_new < length and _is_causal(module, kwargs):
+        # No mask was needed for all queries; these are the last ones.
+        ones = torch.ones(num_new, length, dtype=torch.bool, device=query.device)
+        mask = ones.tril(length - num_new)[None, None]
+    if plain:
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -178,7 +208,7 @@ def _dense_attention(
     scores = query @ key.transpose(2, 3) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if mask is None and query.shape[2] > 1:
+    if mask is None and num_new > 1:
         mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None and mask.dtype == torch.bool:
         # The lowest finite number, not -inf: a row of padding must not become NaN.

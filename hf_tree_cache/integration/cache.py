@@ -32,11 +32,15 @@ from ..memory.pool import StoragePool
 from ..memory.storage import KVSpec
 from ..memory.tree import Branch, BranchTree
 from .handles import PagedKV
-from .layers import OtherLayers, PagedLayer, translate_layer
+from .layers import OtherLayers, PagedLayer, is_known_layer, translate_layer
 from .stats import TreeCacheStats
 from .step import UNKNOWN_READER, DenseView, LayerKV, Step, gather_dense
 
 logger = logging.get_logger(__name__)
+
+
+STATES_IN_MODULES = frozenset({"recurrent_gemma"})
+"""Model types whose recurrent states are not in the cache."""
 
 
 class TreeCache(Cache):
@@ -117,7 +121,18 @@ class TreeCache(Cache):
         """
         if self.layers:
             return
+        if config.model_type in STATES_IN_MODULES:
+            raise UnsupportedModel(
+                f"{config.model_type} keeps states in its modules, where no cache can fork or "
+                "select them: use the cache that transformers makes for it."
+            )
         layers = [translate_layer(self, layer) for layer in DynamicCache(config=config).layers]
+        unknown = {type(layer).__name__ for layer in layers if not is_known_layer(layer)}
+        if unknown:
+            raise UnsupportedModel(
+                f"{config.model_type} has cache layers that TreeCache does not know "
+                f"({', '.join(sorted(unknown))}): use the cache that transformers makes for it."
+            )
         if not any(isinstance(layer, PagedLayer) for layer in layers):
             raise UnsupportedModel(
                 f"{config.model_type} has no attention layer with a K/V cache, so there is nothing "

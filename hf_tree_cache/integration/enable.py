@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,10 @@ from .cache import TreeCache
 from .prepare import Collapsed, Forward, expand_output
 
 logger = logging.get_logger(__name__)
+
+OWN_ATTENTION = frozenset({"git", "deepseek_v4", "inkling2", "inkling2_text"})
+"""Text models that say they use transformers' attention interface, and need what only their own
+attention does: additive masks, keys longer than the mask, sinks for each query."""
 
 
 def enable_tree_attention(
@@ -124,7 +129,7 @@ def _configs(model: PreTrainedModel) -> list[Any]:
 
 def _set_implementation(model: PreTrainedModel) -> None:
     text = model.config.get_text_config(decoder=True)
-    if not model._can_set_attn_implementation():
+    if not model._can_set_attn_implementation() or _keeps_its_attention(model, text.model_type):
         logger.info("%s has its own attention: TreeCache is read densely.", type(model).__name__)
         return
     if text is model.config or model.config.is_encoder_decoder:
@@ -134,6 +139,23 @@ def _set_implementation(model: PreTrainedModel) -> None:
         (key for key in model.config.sub_configs if getattr(model.config, key) is text), None
     )
     model.set_attn_implementation(NAME if key is None else {key: NAME})
+
+
+def _keeps_its_attention(model: PreTrainedModel, model_type: str) -> bool:
+    """Whether another name of the implementation would change what the model computes."""
+    if model_type in OWN_ATTENTION:
+        return True
+    parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
+    files = {type(part).__module__ for part in parts}
+    # Sparse attention (DeepSeek V3.2) looks for "eager" or "sdpa" by name, else passes indices.
+    return any("_attn_implementation in (" in _source(file) for file in files)
+
+
+def _source(module_name: str) -> str:
+    try:
+        return inspect.getsource(sys.modules[module_name])
+    except (KeyError, OSError, TypeError):  # a notebook's class has no file
+        return ""
 
 
 class _Hooks:

@@ -99,6 +99,11 @@ def translate_layer(cache: TreeCache, layer: Any) -> Any:
     return layer
 
 
+def is_known_layer(layer: Any) -> bool:
+    """Whether all that ``layer`` keeps is in blocks, or states that :class:`OtherLayers` knows."""
+    return isinstance(layer, PagedLayer) or not isinstance(layer, CacheLayerMixin)
+
+
 class OtherLayers:
     """Everything in a cache that is not K/V in blocks: fixed-size states, one a row.
 

@@ -63,7 +63,8 @@ def gather_dense(
         rows = flat.unflatten(0, (len(view.lengths), view.columns))
         if padding is not None:
             rows = rows.masked_fill(padding[:, :, None, None], 0)
-        dense.append(rows.transpose(1, 2))
+        # Contiguous, as DynamicCache's are: some models take views of them.
+        dense.append(rows.transpose(1, 2).contiguous())
     return dense[0], dense[1]
 
 
