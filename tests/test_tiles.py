@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from hf_tree_cache.attention import tiles as tiles_module
 from hf_tree_cache.attention.tiles import (
     LIMITS,
     MEASURED,
@@ -28,6 +27,7 @@ from hf_tree_cache.attention.tiles import (
     tuned_path,
     write_tuned,
 )
+from hf_tree_cache.memory.storage import KVSpec
 
 pytestmark = pytest.mark.core
 
@@ -304,3 +304,43 @@ def test_the_climb_goes_on_from_the_best_and_ends_with_it(tuner: Any) -> None:
     assert "num_warps=8" in tuner.describe(best, Tiles())
     (left_out,) = (trial for trial in trials if not trial.times)
     assert "does not fit" in tuner.describe(left_out, Tiles())
+
+
+def test_the_tuner_keeps_what_is_fastest(
+    tuner: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch = pytest.importorskip("hf_tree_cache.attention.launch")
+    last: dict[str, Any] = {}
+
+    class Kernel:
+        """Takes longer with narrow tiles, does not fit with wide ones, is wrong with 8 warps."""
+
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            return self.run
+
+        def run(self, *args: Any, **options: Any) -> Any:
+            last.update(options)
+            if options["KV_SMALL"] == 128:
+                raise RuntimeError("out of resource: shared memory\nReduce block sizes")
+            args[3].fill_(2.0 if options["num_warps"] == 8 else 1.0)
+            return SimpleNamespace(n_regs=160, n_spills=0, metadata=SimpleNamespace(shared=40_000))
+
+    def bench(run: Any, *, rep: int, return_mode: str) -> float:
+        run()
+        return 0.1 + 1 / (last["KV_LARGE"] + last["KV_SMALL"])
+
+    monkeypatch.setattr(launch, "tree_attention_kernel", Kernel())
+    monkeypatch.setattr(launch, "_arch", lambda device: "sm_80")
+    monkeypatch.setattr(tuner, "do_bench_cudagraph", bench)
+    monkeypatch.setattr(tuner, "TREES", {kind: (((1, 40), (20, 9)),) for kind in tuner.TREES})
+    at = SimpleNamespace(L2_cache_size=1, shared_memory_per_block=49_152)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: at)
+    spec = KVSpec(2, 64, 64, torch.float16, torch.device("cpu"))
+    tiles = tuner.tune(spec, 4)
+    assert (tiles.mixed.kv_large, tiles.mixed.kv_small) == (64, 64)
+    assert tiles.mixed.programs_per_sm == tiles.small.programs_per_sm == 3
+    said = capsys.readouterr().out
+    assert "left out: RuntimeError: out of resource: shared memory\n" not in said
+    assert "left out: RuntimeError: out of resource: shared memory " in said
+    assert "left out: ArithmeticError: its results differ" in said
+    assert "160 registers, 0 spilled, 40,000 bytes, 3 an SM" in said
