@@ -155,8 +155,9 @@ _AMD_16 = replace(_AMD, m_large=32, kv_small=16, kv_large=16, merge_parts=2)
 _ROWS: tuple[tuple[tuple[str, ...], int, tuple[int, ...], Tiles, Tiles], ...] = (
     # bfloat16 and float16
     (_ROOMY, 2, _EASY, Tiles(kv_large=64, max_registers=168, programs_per_sm=3),
-     Tiles(programs_per_sm=4)),
-    (_TIGHT, 2, _EASY, Tiles(kv_large=64), Tiles(stages_small=2, programs_per_sm=4)),
+     Tiles(max_registers=128, programs_per_sm=4)),
+    (_TIGHT, 2, _EASY, Tiles(kv_large=64),
+     Tiles(stages_small=2, max_registers=128, programs_per_sm=4)),
     # Measured on an H200, merges of lists without large items excepted.
     (("sm_90",), 2, (128,), Tiles(max_registers=168, programs_per_sm=3),
      Tiles(stages_small=2, merge_parts=4, programs_per_sm=4)),
@@ -179,7 +180,8 @@ _ROWS: tuple[tuple[tuple[str, ...], int, tuple[int, ...], Tiles, Tiles], ...] = 
     # AMD
     (("gfx942",), 2, _EASY, replace(_AMD, kv_small=64, kv_large=64, max_registers=256),
      replace(_AMD, stages_small=3, merge_parts=8, programs_per_sm=4)),
-    (("gfx942",), 2, (128,), replace(_AMD, max_registers=256), replace(_AMD, programs_per_sm=4)),
+    (("gfx942",), 2, (128,), replace(_AMD, max_registers=256),
+     replace(_AMD, max_registers=128, programs_per_sm=4)),
     (("gfx942",), 2, (256,), replace(_AMD_16, max_registers=256),
      replace(_AMD_16, programs_per_sm=3)),
     (("gfx942",), 4, _EASY, replace(_AMD, m_large=32, kv_large=16, programs_per_sm=3),
