@@ -48,7 +48,10 @@ FEATURES: dict[str, dict[str, Any]] = {
     "3 new tokens": {"num_new": (3,)},
 }
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
-MAX_STACK = 32 if VERSION < (3, 8) else 256
+IS_TABLES_OWN = VERSION < (3, 7)
+"""The table was made with Triton 3.6; later ones need more registers, above all for merges."""
+
+MAX_STACK = 32 if IS_TABLES_OWN else 256
 """Bytes of a thread that may wait in local memory while a loop over K and V runs."""
 
 
@@ -238,8 +241,8 @@ def check(variant: Variant, facts: Facts) -> None:
     limits, tiles = LIMITS[variant.arch], facts.tiles
     assert facts.loop_spills == 0
     assert facts.stack <= MAX_STACK
-    # Shared memory has room for all programs; registers have too where the table was made.
-    registers = facts.registers if VERSION < (3, 8) and not variant.feature else 1
+    # Shared memory has room for all programs, registers at least where they were counted.
+    registers = facts.registers if IS_TABLES_OWN and not variant.feature else 1
     resident = limits.resident(registers, facts.shared, tiles.num_warps)
     assert resident >= tiles.programs_per_sm
     if variant.arch.startswith("sm_"):
