@@ -129,8 +129,9 @@ def main() -> None:
         unique = (prompt + rows * tokens // 2) * token_bytes
         floor = 1e-9 * (weight_bytes + unique) / bandwidth
         row: dict[str, Any] = {"prompt": prompt, "rows": rows, "tokens": tokens, "floor_ms": floor}
-        with enable_tree_attention(model):
+        with enable_tree_attention(model) as handle:
             row["TreeCache"] = measure(model, TreeCache, prompt, rows, tokens)
+            print(handle.graphs, flush=True)
         torch.cuda.empty_cache()
         if not arguments.no_dense and rows * (prompt + tokens) * token_bytes < DENSE_BYTES:
             model.set_attn_implementation("sdpa")

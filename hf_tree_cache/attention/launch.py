@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -14,6 +15,8 @@ import torch
 from triton import knobs
 
 from ..memory.storage import KVSpec, KVStorage
+from ..memory.tree import BranchTree
+from .buffers import IntBuffer, rounded
 from .kernel import tree_attention_kernel
 from .plan import TreeAttentionPlan, Window
 from .schedule import FIELDS, WorkList, schedule
@@ -60,12 +63,27 @@ class WorkspaceKey:
     tiles: TileSet | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _PlanMark:
+    """What a workspace remembers of the plan that it was prepared for."""
+
+    plan: weakref.ref[TreeAttentionPlan]
+    tree: weakref.ref[BranchTree]
+    topology_version: int
+    steady: bool  # one new token in every row
+
+    @classmethod
+    def of(cls, plan: TreeAttentionPlan) -> _PlanMark:
+        steady = plan.num_new == 1 and all(plan.counts)
+        return cls(weakref.ref(plan), weakref.ref(plan.tree), plan.topology_version, steady)
+
+
 class Workspace:
     """Device buffers of one kind of launch, kept from forward to forward at fixed addresses.
 
     The work list is cut anew when the tree changes. While rows only grow, their lengths change,
     and block numbers where a row reaches a new block. Launches share the buffers, so they must
-    follow each other on one stream.
+    follow each other on one stream. No plan or storage is kept alive.
 
     Args:
         key: what it is for.
@@ -75,6 +93,8 @@ class Workspace:
     Attributes:
         generation: changes when buffers had to move.
         work: the list that is in the buffers.
+        grid: items that a fixed launch has programs for, at least those of ``work``; None for as
+            many as there is room for.
     """
 
     def __init__(self, key: WorkspaceKey, *, fixed: bool = False) -> None:
@@ -82,14 +102,15 @@ class Workspace:
         self.fixed = fixed
         self.generation = 0
         self.work: WorkList | None = None
-        self._plan: TreeAttentionPlan | None = None
+        self.grid: int | None = None
+        self._last: _PlanMark | None = None
         self._lengths: npt.NDArray[np.int64] = np.zeros(0, np.int64)
         tiles = key.tiles or find_tiles(key)
         self._set = TileSet(
             *(replace(t, deterministic=key.deterministic) for t in (tiles.mixed, tiles.small))
         )
         self.tiles = self._set.mixed
-        self._ints = _IntBuffer(key.spec.device)
+        self._ints = IntBuffer(key.spec.device)
         heads = key.spec.num_kv_heads * key.group_size
         wide = key.spec.dtype == torch.float32
         self._part_shape = (heads, key.spec.v_head_dim)
@@ -98,13 +119,13 @@ class Workspace:
 
     def prepare(self, plan: TreeAttentionPlan, storage: KVStorage) -> None:
         """Make the buffers those of ``plan``; does nothing the second time."""
-        if plan is self._plan:
+        if self._last is not None and self._last.plan() is plan:
             return
         if not self._grow(plan, storage):
             self._rebuild(plan, storage)
         self._sync.zero_()
         self._arrived.zero_()
-        self._plan, self._lengths = plan, np.array(plan.lengths, np.int64)
+        self._last, self._lengths = _PlanMark.of(plan), np.array(plan.lengths, np.int64)
 
     def advance(self) -> None:
         """Every row has one token more, in blocks that are known: nothing but device work.
@@ -143,7 +164,8 @@ class Workspace:
         key, spec, tiles, work, ints = self.key, self.key.spec, self.tiles, self.work, self._ints
         assert work is not None
         k, v = storage.first_planes(layer)
-        num_items = ints.capacity("tokens") if self.fixed else work.num_items
+        num_items = (self.grid or ints.capacity("tokens")) if self.fixed else work.num_items
+        assert num_items >= work.num_items
         width, first = self._record_shape(storage.block_size)
         window = key.window
         return tree_attention_kernel[(num_items * spec.num_kv_heads,)](
@@ -176,8 +198,8 @@ class Workspace:
             G=key.group_size,
             DK=spec.k_head_dim,
             DV=spec.v_head_dim,
-            DKP=_padded(spec.k_head_dim),
-            DVP=_padded(spec.v_head_dim),
+            DKP=rounded(spec.k_head_dim),
+            DVP=rounded(spec.v_head_dim),
             S=storage.block_size,
             RECORD=FIELDS + 2 * width + first,
             QUERIES=width,
@@ -217,12 +239,10 @@ class Workspace:
 
     def _grow(self, plan: TreeAttentionPlan, storage: KVStorage) -> bool:
         """Bring the buffers up to date if rows only grew, by as much each; whether it could."""
-        last, work = self._plan, self.work
-        if last is None or work is None or plan.tree is not last.tree:
+        now, last, work = _PlanMark.of(plan), self._last, self.work
+        if last is None or work is None or plan.tree is not last.tree():
             return False
-        if plan.topology_version != last.topology_version:
-            return False
-        if plan.num_new != 1 or last.num_new != 1 or not (all(plan.counts) and all(last.counts)):
+        if now.topology_version != last.topology_version or not (now.steady and last.steady):
             return False
         lengths = np.array(plan.lengths, np.int64)
         grown = int(lengths[0] - self._lengths[0])
@@ -284,7 +304,7 @@ class Workspace:
             part_ptr=num_queries + 1,
             part_slots=work.num_slots,
             list=len(work.blocks) * (2 if self._split else 1),
-            items=_rounded(num_items) * record,
+            items=rounded(num_items) * record,
         )
         arrived = num_queries * self.key.spec.num_kv_heads
         flags = (num_items - work.num_work) * self.key.spec.num_kv_heads
@@ -327,63 +347,14 @@ class Workspace:
 
     def _make_parts(self, num_slots: int, arrived: int, sync: int) -> None:
         device = self.key.spec.device
-        slots = _rounded(num_slots)
-        self._parts = torch.empty((slots, *self._part_shape), dtype=self._part_dtype, device=device)
-        self._part_lse = torch.empty((slots, self._part_shape[0], 2), device=device)
-        self._arrived, self._sync = (
-            torch.zeros(_rounded(count), dtype=torch.int32, device=device)
-            for count in (arrived, sync)
-        )
-
-
-class _IntBuffer:
-    """Named stretches of one int32 tensor, with a mirror on the host."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._spans: dict[str, slice] = {}
-        self._views: dict[str, torch.Tensor] = {}
-        self._mirror = np.zeros(0, np.int32)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        """On the device, at an address that changes only in :meth:`ensure`."""
-        return self._views[name]
-
-    def host(self, name: str) -> npt.NDArray[np.int32]:
-        return self._mirror[self._spans[name]]
-
-    def capacity(self, name: str) -> int:
-        return len(self._views[name])
-
-    def ensure(self, **sizes: int) -> bool:
-        """Make room, in this order; whether everything had to move."""
-        if self._spans and all(size <= self.capacity(name) for name, size in sizes.items()):
-            return False
-        end = 0
-        for name, size in sizes.items():
-            had = self.capacity(name) if name in self._spans else 0
-            self._spans[name] = slice(end, end + max(had, _rounded(size)))
-            end = self._spans[name].stop
-        self._mirror = np.zeros(end, np.int32)
-        buffer = torch.zeros(end, dtype=torch.int32, device=self._device)
-        self._views = {name: buffer[span] for name, span in self._spans.items()}
-        self._buffer = buffer
-        return True
-
-    def send(self, first: str, last: str) -> None:
-        """Copy the stretches from ``first`` to ``last`` to the device."""
-        self._send(self._spans[first].start, self._spans[last].stop)
-
-    def send_part(self, name: str, begin: int, end: int) -> None:
-        start = self._spans[name].start
-        self._send(start + begin, start + end)
-
-    def _send(self, begin: int, end: int) -> None:
-        source = torch.from_numpy(self._mirror[begin:end])
-        if self._device.type == "cuda":
-            # A pinned copy of its own: the mirror may change before the GPU gets there.
-            source = source.pin_memory()
-        self._buffer[begin:end].copy_(source, non_blocking=True)
+        shape = (rounded(num_slots), *self._part_shape)
+        with torch.inference_mode(False):  # they outlive the block that they may be made in
+            self._parts = torch.empty(shape, dtype=self._part_dtype, device=device)
+            self._part_lse = torch.empty((*shape[:2], 2), device=device)
+            self._arrived, self._sync = (
+                torch.zeros(rounded(count), dtype=torch.int32, device=device)
+                for count in (arrived, sync)
+            )
 
 
 def tree_attention_triton(
@@ -418,18 +389,9 @@ def tree_attention_triton(
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
-def _rounded(size: int) -> int:
-    """The next power of two, so that buffers seldom move."""
-    return max(16, 1 << (max(size, 1) - 1).bit_length())
-
-
-def _padded(head_dim: int) -> int:
-    return max(16, 1 << (head_dim - 1).bit_length())
-
-
 def tiles_key(spec: KVSpec) -> Key:
     """Where the tiles for ``spec`` stand in the table."""
-    head_dim = _padded(max(spec.k_head_dim, spec.v_head_dim))
+    head_dim = rounded(max(spec.k_head_dim, spec.v_head_dim))
     return _arch(spec.device), spec.dtype.itemsize, head_dim
 
 

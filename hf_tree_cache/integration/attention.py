@@ -73,12 +73,9 @@ def tree_attention_forward(
         kv = key.source
         window, obstacle = _find_obstacle(module, query, kv, attention_mask, dropout, kwargs)
         if obstacle is None:
-            out, _ = run_tree_attention(
+            out = _attend(
+                kv,
                 query.detach(),
-                kv.storage,
-                kv.layer,
-                kv.step.plan,
-                backend=kv.backend,
                 scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
                 window=window,
                 softcap=softcap,
@@ -89,6 +86,14 @@ def tree_attention_forward(
     return _dense_attention(
         module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, kwargs
     )
+
+
+def _attend(kv: LayerKV, query: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    if kv.attend is not None:
+        return kv.attend(kv, query, **arguments)
+    plan = kv.step.plan
+    out, _ = run_tree_attention(query, kv.storage, kv.layer, plan, backend=kv.backend, **arguments)
+    return out
 
 
 def tree_attention_mask(**arguments: Any) -> TreeMask | None:

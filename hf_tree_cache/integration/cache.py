@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PretrainedConfig
@@ -29,12 +30,15 @@ from ..errors import (
 )
 from ..memory.allocator import PhysicalKVAllocator
 from ..memory.pool import StoragePool
-from ..memory.storage import KVSpec
+from ..memory.storage import KVSpec, KVStorage
 from ..memory.tree import Branch, BranchTree
 from .handles import PagedKV
 from .layers import OtherLayers, PagedLayer, is_known_layer, translate_layer
 from .stats import TreeCacheStats
 from .step import UNKNOWN_READER, DenseView, LayerKV, Step, gather_dense
+
+if TYPE_CHECKING:
+    from .static import StaticDecode  # needs Triton
 
 logger = logging.get_logger(__name__)
 
@@ -104,6 +108,7 @@ class TreeCache(Cache):
         self._configured = False
         self._columns = 0
         self._step: Step | None = None
+        self._static: StaticDecode | None = None
         self._plan: TreeAttentionPlan | None = None
         self._prefill_asked = 0
         self._prefill_computed = 0
@@ -225,6 +230,10 @@ class TreeCache(Cache):
             BatchMismatch: B or T do not fit.
             OutOfBlocks: no room; the cache is as it was.
         """
+        if self._static is not None:
+            assert layer.storage is not None
+            kv = self._static.write(layer.storage, layer.position, keys, values)
+            return PagedKV(kv, 0), PagedKV(kv, 1)
         spec = KVSpec.of(keys, values)
         if layer.spec is not None and spec != layer.spec:
             raise StorageMismatch(
@@ -246,6 +255,33 @@ class TreeCache(Cache):
         step.written.add(id(layer))
         kv = LayerKV(step, storage, layer.position, (keys, values), self.backend, self._note_dense)
         return PagedKV(kv, 0), PagedKV(kv, 1)
+
+    @property
+    def step(self) -> Step | None:
+        """The forward that is under way or was the last, until the tree changes."""
+        return self._step
+
+    @property
+    def storages(self) -> list[KVStorage]:
+        """Where K/V are, one for each kind of layer."""
+        return self._pool.storages
+
+    @contextmanager
+    def decode_through(self, static: StaticDecode) -> Iterator[None]:
+        """Within, layers store into and read from the places that ``static`` keeps on the device.
+
+        The step has begun; :meth:`mark_written` says when a forward has done it.
+        """
+        self._static = static
+        try:
+            yield
+        finally:
+            self._static = None
+
+    def mark_written(self) -> None:
+        """A captured forward wrote every layer of the step."""
+        assert self._step is not None
+        self._step.written.update(id(x) for x in self.layers if isinstance(x, PagedLayer))
 
     def finish(self) -> None:
         """Close the forward: every layer that stores anything has been written."""
@@ -636,7 +672,7 @@ class TreeCache(Cache):
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
-        return {**self.__dict__, "_step": None, "_plan": None}
+        return {**self.__dict__, "_step": None, "_static": None, "_plan": None}
 
     @property
     def kv_bytes(self) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.utils import logging
@@ -17,6 +20,9 @@ from .attention import NAME
 from .cache import TreeCache
 from .prepare import Collapsed, Forward, expand_output
 
+if TYPE_CHECKING:
+    from .decode_graph import DecodeGraphs, GraphStats
+
 logger = logging.get_logger(__name__)
 
 OWN_ATTENTION = frozenset({"git", "deepseek_v4", "inkling2", "inkling2_text"})
@@ -25,7 +31,10 @@ attention does: additive masks, keys longer than the mask, sinks for each query.
 
 
 def enable_tree_attention(
-    model: nn.Module, *, replace_default_cache: bool = False
+    model: nn.Module,
+    *,
+    cuda_graphs: bool | Literal["auto"] = "auto",
+    replace_default_cache: bool = False,
 ) -> EnabledTreeAttention:
     """Switch ``model`` to tree attention, in place.
 
@@ -35,12 +44,15 @@ def enable_tree_attention(
       each chunk of a chunked prefill) are computed once and forked.
     - A bare ``TreeCache()`` is configured from the model at its first forward.
     - A forward that fails leaves the cache as it was.
+    - On a CUDA GPU, decode steps are replayed from CUDA graphs where the model allows it.
 
     Models that do not use transformers' attention interface (bloom, falcon, gptj, ...) keep their
     own attention and read dense copies; the rest of the above holds for them too.
 
     Args:
         model: a transformers model, or a PEFT model around one.
+        cuda_graphs: "auto" where they can be used, and a word (once) where they cannot; True
+            insists on a model on a CUDA GPU with Triton; False runs every step eagerly.
         replace_default_cache: put a TreeCache in the place of the empty DynamicCache that
             ``generate`` makes for callers who pass no cache.
 
@@ -48,7 +60,8 @@ def enable_tree_attention(
         A handle to undo it: ``handle.disable()``, or use it as a context manager.
 
     Raises:
-        InvalidArgument: not a transformers model, or one that is enabled already.
+        InvalidArgument: not a transformers model, or one that is enabled already; graphs that are
+            insisted on, and no GPU or no Triton.
     """
     unwrap: Any = getattr(model, "get_base_model", lambda: model)
     base = unwrap()
@@ -61,18 +74,30 @@ def enable_tree_attention(
             f"enable_tree_attention: this {type(base).__name__} is enabled already. Keep the "
             "handle of the first call and disable() it, or write `with enable_tree_attention(...)`."
         )
-    return EnabledTreeAttention(base, replace_default_cache)
+    graphs = _make_graphs(base, cuda_graphs)
+    return EnabledTreeAttention(base, replace_default_cache, graphs)
 
 
 class EnabledTreeAttention:
-    """Undoes :func:`enable_tree_attention`; a context manager that does so at its end."""
+    """Undoes :func:`enable_tree_attention`; a context manager that does so at its end.
 
-    def __init__(self, model: PreTrainedModel, replace_default_cache: bool) -> None:
+    Attributes:
+        graphs: how decode steps ran; None without CUDA graphs.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, replace_default_cache: bool, graphs: DecodeGraphs | None
+    ) -> None:
         self._model = model
+        self.graphs: GraphStats | None = None
+        self._forward = model.__dict__.get("forward")
         self._previous = [(c, c._attn_implementation_internal) for c in _configs(model)]
         _set_implementation(model)
         if replace_default_cache:
             model._prepare_cache_for_generation = _with_tree_cache(model)
+        if graphs is not None:
+            self.graphs = graphs.stats
+            model.forward = _with_graphs(model.forward, graphs)
         hooks = _Hooks()
         self._handles = [
             model.register_forward_pre_hook(hooks, with_kwargs=True),
@@ -85,8 +110,12 @@ class EnabledTreeAttention:
             handle.remove()
         for config, implementation in self._previous:
             config._attn_implementation_internal = implementation
+        if self._handles:
+            self._model.__dict__.pop("_prepare_cache_for_generation", None)
+            self._model.__dict__.pop("forward", None)
+            if self._forward is not None:
+                self._model.forward = self._forward
         self._handles, self._previous = [], []
-        self._model.__dict__.pop("_prepare_cache_for_generation", None)
 
     def __enter__(self) -> EnabledTreeAttention:
         return self
@@ -98,6 +127,39 @@ class EnabledTreeAttention:
         trace: TracebackType | None,
     ) -> None:
         self.disable()
+
+
+def _make_graphs(model: PreTrainedModel, wanted: bool | str) -> DecodeGraphs | None:
+    if wanted not in (True, False, "auto"):
+        raise InvalidArgument(
+            f"enable_tree_attention(cuda_graphs={wanted!r}): True, False, 'auto'."
+        )
+    obstacle = None
+    if not torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET"):
+        obstacle = "there is no CUDA GPU"
+    elif wanted is True and model.device.type != "cuda" and torch.cuda.is_available():
+        obstacle = f"the model is on {model.device}"
+    elif wanted:
+        try:
+            # Triton is optional.
+            from .decode_graph import DecodeGraphs
+        except ImportError as error:
+            obstacle = f"Triton is missing ({error})"
+    if wanted is True and obstacle is not None:
+        raise InvalidArgument(
+            f"enable_tree_attention(cuda_graphs=True): {obstacle}. Move the model to a CUDA GPU "
+            "first, or leave cuda_graphs out."
+        )
+    return None if obstacle is not None or not wanted else DecodeGraphs(model)
+
+
+def _with_graphs(forward: Callable[..., Any], graphs: DecodeGraphs) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def decode(*args: Any, **kwargs: Any) -> Any:
+        output = None if args else graphs.run(forward, kwargs)
+        return forward(*args, **kwargs) if output is None else output
+
+    return decode
 
 
 def _with_tree_cache(model: PreTrainedModel) -> Callable[..., Any]:

@@ -135,6 +135,10 @@ class Step:
         return self._write_indices[device]
 
 
+class NotCapturable(Exception):
+    """A decode step does something that a CUDA graph could not repeat; the message says what."""
+
+
 @dataclass(eq=False)
 class LayerKV:
     """K and V of one layer in one forward, behind both of its handles.
@@ -146,6 +150,7 @@ class LayerKV:
         new: the new K ``[B, Hkv, T, Dk]`` and V ``[B, Hkv, T, Dv]`` as the model made them.
         backend: attends when the fast path serves.
         on_dense: told why, when somebody asks for the dense tensors of a layer with a past.
+        attend: attends in the place of ``backend``, see :meth:`.static.StaticDecode.attend`.
     """
 
     step: Step
@@ -154,6 +159,7 @@ class LayerKV:
     new: tuple[torch.Tensor, torch.Tensor]
     backend: str
     on_dense: Callable[[str], None]
+    attend: Callable[..., torch.Tensor] | None = None
     _dense: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def dense(self, reason: str) -> tuple[torch.Tensor, torch.Tensor]:

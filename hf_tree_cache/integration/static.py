@@ -1,0 +1,204 @@
+"""StaticDecode: one decode step after the other through buffers that stay where they are.
+
+What a captured CUDA graph replays must read lengths, block numbers and slots from fixed addresses.
+Needs Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..attention.buffers import IntBuffer
+from ..attention.launch import Workspace, WorkspaceKey, find_obstacle
+from ..attention.plan import Window
+from ..memory.scatter import scatter_tokens
+from ..memory.storage import KVStorage
+from .step import LayerKV, NotCapturable, Step
+
+
+class StaticDecode:
+    """The buffers of decode steps over caches of one kind: equal specs, block size and settings.
+
+    A forward runs on ``bucket`` rows, of which the step's own come first; the others are padding
+    that is computed and never stored.
+
+    """
+
+    def __init__(self) -> None:
+        self._targets: list[_Target] = []
+        self._readers: dict[tuple[int, WorkspaceKey], _Reader] = {}
+        self._current: _Current | None = None
+        self._moves = 0
+
+    @property
+    def moves(self) -> int:
+        """Changes whenever an address did; what was captured before is then void."""
+        return self._moves + sum(r.workspace.generation for r in self._readers.values())
+
+    def prepare(self, step: Step, storages: Sequence[KVStorage], bucket: int) -> None:
+        """Bring all buffers up to date for ``step``, which must be a decode step."""
+        for i, storage in enumerate(storages):
+            if i == len(self._targets):
+                self._targets.append(_Target(storage.spec.device))
+            self._moves += self._targets[i].load(step.slots, storage, bucket)
+        padded = replace(step, counts=[1] * bucket, padding_known=True)
+        self._current = _Current(step, padded, list(storages), bucket)
+        for (i, _), reader in self._readers.items():
+            reader.workspace.prepare(step.plan, storages[i])
+            self._moves += reader.room_for(bucket)
+
+    def release(self) -> None:
+        """Forget the step; nothing of its cache is kept alive."""
+        self._current = None
+
+    def items(self) -> tuple[int, ...]:
+        """Work items of each launch kind, for which a grid must have programs."""
+        works = (reader.workspace.work for reader in self._readers.values())
+        return tuple(0 if work is None else work.num_items for work in works)
+
+    def fit(self, grids: Sequence[int]) -> None:
+        """Launch on ``grids``, in the order of :meth:`items`, from now on."""
+        for reader, grid in zip(self._readers.values(), grids, strict=True):
+            reader.workspace.grid = grid
+
+    def write(
+        self, storage: KVStorage, layer: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> LayerKV:
+        """Store one layer's new K and V ``[bucket, Hkv, 1, D]``; what to attend to.
+
+        Raises:
+            NotCapturable: more than the decoding rows is written.
+        """
+        now = self._current
+        assert now is not None
+        if keys.shape[0] != now.bucket or keys.shape[2] != 1:
+            raise NotCapturable(f"a layer writes K of {tuple(keys.shape)}")
+        target = self._targets[now.index(storage)]
+        target.store(storage, layer, keys.to(storage.spec.dtype), values.to(storage.spec.dtype))
+        return LayerKV(now.padded, storage, layer, (keys, values), "triton", _refuse, self.attend)
+
+    def attend(
+        self,
+        kv: LayerKV,
+        query: torch.Tensor,
+        *,
+        scale: float,
+        window: Window | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention of ``query [bucket, Hq, 1, Dk]``: ``[bucket, Hq, 1, Dv]``, padding finite.
+
+        Raises:
+            NotCapturable: the fused kernel cannot serve the layer.
+        """
+        now, storage = self._current, kv.storage
+        assert now is not None
+        obstacle = find_obstacle(query, storage, scale)
+        if obstacle is not None:
+            raise NotCapturable(obstacle)
+        group = query.shape[1] // storage.spec.num_kv_heads
+        key = WorkspaceKey(storage.spec, group, window, now.step.plan.deterministic)
+        reader = self._reader(now, now.index(storage), key)
+        out, lse = reader.out[: now.bucket], reader.lse[: now.bucket]
+        query = query if query.stride(3) == 1 else query.contiguous()
+        reader.workspace.launch(
+            query, storage, kv.layer, out, lse, scale=scale, softcap=softcap, sinks=sinks
+        )
+        return out.transpose(1, 2)
+
+    def _reader(self, now: _Current, index: int, key: WorkspaceKey) -> _Reader:
+        reader = self._readers.get((index, key))
+        if reader is None:
+            if key.spec.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise NotCapturable("a layer attends in a way that it did not before")
+            reader = self._readers[index, key] = _Reader(key)
+            reader.workspace.prepare(now.step.plan, now.storages[index])
+            reader.room_for(now.bucket)
+        return reader
+
+
+def _refuse(reason: str) -> Any:
+    raise NotCapturable(f"a layer reads dense K/V ({reason})")
+
+
+@dataclass(slots=True)
+class _Current:
+    """The step that the buffers are for."""
+
+    step: Step
+    padded: Step
+    storages: list[KVStorage]
+    bucket: int
+
+    def index(self, storage: KVStorage) -> int:
+        return next(i for i, other in enumerate(self.storages) if other is storage)
+
+
+class _Target:
+    """Where the new tokens of a step go in one storage."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._ints = IntBuffer(device)
+
+    def load(self, slots: Sequence[Sequence[int]], storage: KVStorage, bucket: int) -> bool:
+        """Send the places of one token a row; whether the buffer had to move."""
+        ints, size, rows = self._ints, storage.block_size, len(slots)
+        moved = ints.ensure(rows=1, k_blocks=bucket, v_blocks=bucket, offsets=bucket)
+        places = torch.tensor([slot for (slot,) in slots])
+        k_numbers, v_numbers = storage.block_numbers()
+        blocks = places // size
+        ints.host("rows")[0] = rows
+        ints.host("k_blocks")[:rows] = k_numbers[blocks].numpy()
+        ints.host("v_blocks")[:rows] = v_numbers[blocks].numpy()
+        ints.host("offsets")[:rows] = (places % size).numpy()
+        ints.send("rows", "offsets")
+        return moved
+
+    def store(
+        self, storage: KVStorage, layer: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        ints = self._ints
+        scatter_tokens(
+            keys,
+            values,
+            storage.first_planes(layer),
+            ints["rows"],
+            ints["k_blocks"],
+            ints["v_blocks"],
+            ints["offsets"],
+            storage.block_size,
+        )
+
+
+class _Reader:
+    """One kind of launch, and where it puts its results."""
+
+    def __init__(self, key: WorkspaceKey) -> None:
+        self.workspace = Workspace(key, fixed=True)
+        self.out = self.lse = torch.empty(0, device=key.spec.device)
+
+    def room_for(self, bucket: int) -> bool:
+        """Have results of ``bucket`` rows; whether they had to move."""
+        if len(self.out) >= bucket:
+            return False
+        key = self.workspace.key
+        heads = key.spec.num_kv_heads * key.group_size
+        shape = (bucket, 1, heads, key.spec.v_head_dim)
+        with torch.inference_mode(False):
+            # Zeros: no item writes the rows of padding, and what follows must stay finite there.
+            self.out = torch.zeros(shape, dtype=key.spec.dtype, device=key.spec.device)
+            self.lse = torch.zeros(shape[:3], device=key.spec.device)
+        return True
+
+
+def layouts(storages: Sequence[KVStorage]) -> tuple[Any, ...]:
+    """What of ``storages`` a captured graph relies on: addresses and strides."""
+    return tuple(
+        (s.spec, s.block_size, s.slab_blocks, s.num_layers, s.first_planes(0)[0].data_ptr())
+        for s in storages
+    )

@@ -1,0 +1,82 @@
+"""Decode steps through fixed buffers in Triton's interpreter, on a CPU: all but the capture.
+
+A script, for a process of its own: whether a kernel is interpreted is decided when it is imported.
+
+TRITON_INTERPRET=1 python tests/interpreted_decode.py
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_tree_cache import (
+    ForkAtPositions,
+    PruneByRank,
+    TreeCache,
+    enable_tree_attention,
+    tree_generate,
+)
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")  # the interpreter divides by zero where values are masked
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    ids = torch.tensor([[0, 0, 7], [3, 5, 9]])
+    options = {
+        "attention_mask": (ids > 0).long(),
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    dense = model.generate(ids, **options)
+    with enable_tree_attention(model, cuda_graphs=True) as handle:
+        cache = TreeCache(poison=True, block_size=4)
+        ours = model.generate(ids, past_key_values=cache, **options)
+        cache.check_integrity()
+        assert not cache.dense_reads
+        assert ours.sequences.tolist() == dense.sequences.tolist()
+        error = (torch.stack(ours.logits) - torch.stack(dense.logits)).abs().max()
+        assert error < 1e-5, error
+        graphs = handle.graphs
+        assert (graphs.warm_ups, graphs.captured, sum(graphs.eager.values())) == (4, 0, 0), graphs
+
+        cache = TreeCache(poison=True, block_size=4)
+        out = model.generate(
+            ids[1:],
+            past_key_values=cache,
+            custom_generate=tree_generate,
+            branching=[ForkAtPositions([1, 2]), PruneByRank(2, every=3)],
+            max_branches=4,
+            max_new_tokens=5,
+        )
+        cache.check_integrity()
+        assert out.stats.forks > 1 and out.stats.prunes > 0 and not graphs.eager
+    for row, leaf in enumerate(out.leaves):
+        tokens = torch.tensor([out.tree.tokens(leaf)])
+        count = len(out.tree.logprobs(leaf))
+        logprobs = model(tokens).logits[0, -count - 1 : -1].log_softmax(-1)
+        expected = logprobs.gather(1, tokens[0, -count:, None]).squeeze(1)
+        assert (out.logprobs[row, :count] - expected).abs().max() < 1e-5
+
+
+if __name__ == "__main__":
+    main()

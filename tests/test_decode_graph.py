@@ -1,0 +1,364 @@
+"""Decode steps from CUDA graphs: what is captured, what is refused, and that tokens stay the same.
+
+Those marked gpu replay graphs; the interpreter runs the same path, without graphs, on a CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from models import build, prompts
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+
+from hf_tree_cache import (
+    ForkAtFirstToken,
+    ForkOnEntropy,
+    InvalidArgument,
+    OutOfBlocks,
+    PruneByRank,
+    TreeCache,
+    enable_tree_attention,
+    tree_generate,
+)
+from hf_tree_cache.integration.fingerprint import find_hook, fingerprint
+from hf_tree_cache.integration.op_record import OpRecord, first_difference
+
+
+def record(forward, *args):
+    with OpRecord() as ops:
+        forward(*args)
+    return ops
+
+
+def test_equal_work_gives_equal_records():
+    def forward(x):
+        return (x @ x.T).softmax(-1)
+
+    one, other = record(forward, torch.ones(3, 4)), record(forward, torch.zeros(3, 4))
+    assert one.blocked is None
+    assert len(one.ops) == 3
+    assert first_difference(one, other) is None
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda n: torch.zeros(4).add(n),
+        lambda n: torch.arange(n),
+        lambda n: torch.zeros(8)[:n],
+        lambda n: [torch.zeros(1)] * n and [torch.ones(1) for _ in range(n)],
+    ],
+    ids=["number", "arange", "shape", "count"],
+)
+def test_a_length_in_the_work_shows(forward):
+    assert first_difference(record(forward, 3), record(forward, 3)) is None
+    assert first_difference(record(forward, 3), record(forward, 4)) is not None
+
+
+@pytest.mark.parametrize(
+    "forward", [lambda x: float(x[0]), lambda x: x.nonzero(), lambda x: x[x > 0]]
+)
+def test_waiting_for_the_device_shows(forward):
+    assert record(forward, torch.ones(3)).blocked is not None
+
+
+def test_the_fingerprint_of_a_model_changes_with_what_a_graph_relies_on():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)).eval()
+    before = fingerprint(model)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    assert fingerprint(model) == before
+    for change in (
+        lambda: model.train(),
+        lambda: setattr(model[0], "weight", torch.nn.Parameter(torch.ones(4, 4))),
+        lambda: model[1].register_buffer("running_mean", torch.ones(4)),
+        lambda: setattr(model[0], "state", torch.ones(2)),
+    ):
+        change()
+        after = fingerprint(model)
+        assert after != before
+        before = after
+
+
+def test_hooks_within_the_model_are_found():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    model.register_forward_hook(lambda *_: None)
+    assert find_hook(model) is None
+    model[0].register_forward_hook(lambda *_: None)
+    assert find_hook(model) == "0"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_graphs_are_off_without_a_gpu_and_refused_if_insisted_on():
+    model = build("llama")
+    with pytest.raises(InvalidArgument, match="no CUDA GPU"):
+        enable_tree_attention(model, cuda_graphs=True)
+    with enable_tree_attention(model) as handle:
+        assert handle.graphs is None
+        assert "forward" not in vars(model)
+
+
+def test_an_unknown_setting_is_refused():
+    with pytest.raises(InvalidArgument, match="cuda_graphs='always'"):
+        enable_tree_attention(build("llama"), cuda_graphs="always")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Triton")
+def test_the_same_path_in_the_interpreter():
+    script = Path(__file__).with_name("interpreted_decode.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=250
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def on_gpu(name, dtype=torch.float32):
+    inputs = {key: value.cuda() for key, value in prompts(name, dtype).items()}
+    return build(name, dtype).cuda(), inputs
+
+
+def run(model, inputs, **options):
+    torch.manual_seed(5)
+    defaults = {"max_new_tokens": 24, "output_logits": True, "return_dict_in_generate": True}
+    return model.generate(**inputs, **{**defaults, **options})
+
+
+def difference(one, other):
+    assert one.sequences.tolist() == other.sequences.tolist()
+    return float((torch.stack(one.logits) - torch.stack(other.logits)).abs().max())
+
+
+MODES = {
+    "greedy": {"do_sample": False},
+    "sampled": {"do_sample": True, "num_return_sequences": 3},
+    "beams": {"num_beams": 4, "do_sample": False},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "qwen3_moe", "gpt2"])
+@pytest.mark.parametrize("mode", MODES)
+def test_graphs_on_and_off_give_the_same(name, mode):
+    model, inputs = on_gpu(name)
+    theirs = run(model, inputs, **MODES[mode])
+    with enable_tree_attention(model, cuda_graphs=False):
+        off = run(model, inputs, past_key_values=TreeCache(), **MODES[mode])
+    with enable_tree_attention(model, cuda_graphs=True) as handle:
+        for _ in range(2):
+            cache = TreeCache(poison=True, block_size=4)
+            on = run(model, inputs, past_key_values=cache, **MODES[mode])
+            cache.check_integrity()
+            assert difference(on, off) < 1e-4
+            assert difference(on, theirs) < 1e-4
+        assert handle.graphs.captured > 0, handle.graphs
+        assert handle.graphs.replayed >= 30, handle.graphs
+        assert not handle.graphs.eager
+
+
+@pytest.mark.gpu
+def test_a_tree_grows_shrinks_and_finishes_in_graphs():
+    model, inputs = on_gpu("llama")
+    options = {
+        "custom_generate": tree_generate,
+        "branching": [ForkAtFirstToken(3), ForkOnEntropy(2.0, min_gap=4), PruneByRank(4, every=6)],
+        "max_branches": 24,
+        "do_sample": True,
+        "max_new_tokens": 60,
+        "eos_token_id": list(range(3, 8)),
+        "output_logits": False,
+        "return_dict_in_generate": False,
+    }
+    with enable_tree_attention(model, cuda_graphs=False):
+        off = run(model, inputs, past_key_values=TreeCache(), **options)
+    with enable_tree_attention(model, cuda_graphs=True) as handle:
+        cache = TreeCache(poison=True, block_size=4)
+        on = run(model, inputs, past_key_values=cache, **options)
+    cache.check_integrity()
+    assert on.stats.forks > 6 and on.stats.prunes > 0 and "eos" in on.finish_reasons
+    assert on.sequences.tolist() == off.sequences.tolist()
+    assert (on.logprobs - off.logprobs).abs().nan_to_num().max() < 1e-4
+    assert handle.graphs.replayed > 20, handle.graphs
+
+
+@pytest.mark.gpu
+def test_growing_slabs_keep_graphs_valid(monkeypatch):
+    monkeypatch.setattr("hf_tree_cache.memory.pool.SLAB_BYTES", 1)
+    model, inputs = on_gpu("llama")
+    theirs = run(model, inputs, max_new_tokens=120, num_return_sequences=6, do_sample=True)
+    with enable_tree_attention(model, cuda_graphs=True) as handle:
+        cache = TreeCache(poison=True, block_size=4)
+        ours = run(
+            model,
+            inputs,
+            past_key_values=cache,
+            max_new_tokens=120,
+            num_return_sequences=6,
+            do_sample=True,
+        )
+    assert len(cache.storages[0]._k_slabs) > 8
+    assert difference(ours, theirs) < 1e-4
+    assert handle.graphs.replayed > 90
+
+
+class Raises(LogitsProcessor):
+    def __init__(self, after, error):
+        self.left, self.error = after, error
+
+    def __call__(self, input_ids, scores):
+        self.left -= 1
+        if self.left < 0:
+            raise self.error
+        return scores
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("error", [RuntimeError("mine"), KeyboardInterrupt()])
+@pytest.mark.parametrize("after", [1, 2, 3, 9])
+def test_an_exception_between_steps_harms_nothing(error, after):
+    model, inputs = on_gpu("llama")
+    theirs = run(model, inputs, do_sample=False)
+    with enable_tree_attention(model, cuda_graphs=True):
+        cache = TreeCache(poison=True, block_size=4)
+        with pytest.raises(type(error)):
+            processor = LogitsProcessorList([Raises(after, error)])
+            run(model, inputs, past_key_values=cache, logits_processor=processor)
+        cache.check_integrity()
+        cache.reset()
+        assert difference(run(model, inputs, past_key_values=cache, do_sample=False), theirs) < 1e-4
+
+
+@pytest.mark.gpu
+def test_running_out_of_blocks_leaves_the_cache_usable():
+    model, inputs = on_gpu("llama")
+    theirs = run(model, inputs, do_sample=False)
+    with enable_tree_attention(model, cuda_graphs=True):
+        cache = TreeCache(block_size=4, max_blocks=40)
+        with pytest.raises(OutOfBlocks):
+            run(model, inputs, past_key_values=cache, num_return_sequences=8, do_sample=True)
+        cache.check_integrity()
+        cache.reset()
+        ours = run(model, inputs, past_key_values=cache, do_sample=False)
+        assert difference(ours, theirs) < 1e-4
+
+
+@pytest.mark.gpu
+def test_an_exception_in_the_forward_harms_nothing(monkeypatch):
+    model, inputs = on_gpu("llama")
+    theirs = run(model, inputs, do_sample=False)
+    layer = model.model.layers[1].mlp
+    forward, left = layer.forward, []
+
+    def fail(x):
+        left[0] -= 1
+        if not left[0]:
+            raise RuntimeError("mine")
+        return forward(x)
+
+    with enable_tree_attention(model, cuda_graphs=True) as handle:
+        for call in (2, 3, 4):  # in each of the warm-ups
+            left[:] = [call]
+            cache = TreeCache(poison=True, block_size=4)
+            monkeypatch.setattr(layer, "forward", fail)
+            with pytest.raises(RuntimeError, match="mine"):
+                run(model, inputs, past_key_values=cache, do_sample=False)
+            monkeypatch.undo()
+            cache.check_integrity()
+            cache.reset()
+            ours = run(model, inputs, past_key_values=cache, do_sample=False)
+            assert difference(ours, theirs) < 1e-4
+        assert handle.graphs.replayed > 0
+
+
+@pytest.mark.gpu
+def test_a_capture_that_fails_falls_back(monkeypatch, caplog):
+    model, inputs = on_gpu("llama")
+    theirs = run(model, inputs, do_sample=False)
+    layer = model.model.layers[1].mlp
+    forward = layer.forward
+
+    def fail(x):
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("not in a graph")
+        return forward(x)
+
+    monkeypatch.setattr(layer, "forward", fail)
+    with enable_tree_attention(model, cuda_graphs=True) as handle:
+        cache = TreeCache(poison=True, block_size=4)
+        ours = run(model, inputs, past_key_values=cache, do_sample=False)
+        cache.check_integrity()
+    assert difference(ours, theirs) < 1e-4
+    (reason,) = handle.graphs.eager
+    assert "not in a graph" in reason and handle.graphs.captured == 0
+
+
+@pytest.mark.gpu
+def test_new_weights_and_hooks_are_noticed():
+    model, inputs = on_gpu("llama")
+    seen = []
+    with enable_tree_attention(model, cuda_graphs=True) as handle:
+        run(model, inputs, past_key_values=TreeCache(), do_sample=False)
+        captured = handle.graphs.captured
+        model.model.layers[0].mlp.down_proj.weight = torch.nn.Parameter(
+            model.model.layers[0].mlp.down_proj.weight.detach().flip(0).clone()
+        )
+        ours = run(model, inputs, past_key_values=TreeCache(), do_sample=False)
+        assert handle.graphs.captured > captured
+        hook = model.model.layers[1].register_forward_hook(lambda *_: seen.append(1))
+        hooked = run(model, inputs, past_key_values=TreeCache(), do_sample=False)
+        hook.remove()
+    assert len(seen) == 24
+    assert any("forward hook" in reason for reason in handle.graphs.eager)
+    theirs = run(model, inputs, do_sample=False)
+    assert difference(ours, theirs) < 1e-4
+    assert difference(hooked, theirs) < 1e-4
+
+
+@pytest.mark.gpu
+def test_graphs_keep_no_cache_alive_and_disable_gives_the_model_back():
+    model, inputs = on_gpu("llama")
+    handle = enable_tree_attention(model, cuda_graphs=True)
+    cache = TreeCache()
+    out = run(model, inputs, past_key_values=cache, do_sample=False)
+    storage = weakref.ref(cache.storages[0])
+    assert handle.graphs.replayed > 0
+    out.past_key_values = None
+    del cache, out
+    gc.collect()
+    assert storage() is None
+    handle.disable()
+    assert "forward" not in vars(model)
+    theirs = run(model, inputs, past_key_values=DynamicCache(), do_sample=False)
+    assert difference(run(model, inputs, do_sample=False), theirs) == 0
+
+
+@pytest.mark.gpu
+def test_device_memory_stays_flat_over_many_runs():
+    model, inputs = on_gpu("llama")
+    used = []
+    with enable_tree_attention(model, cuda_graphs=True):
+        for seed in range(50):
+            torch.manual_seed(seed)
+            processor = LogitsProcessorList(
+                [Raises(5, RuntimeError("mine"))] if seed % 5 == 4 else []
+            )
+            with contextlib.suppress(RuntimeError):
+                model.generate(
+                    **inputs,
+                    past_key_values=TreeCache(),
+                    do_sample=True,
+                    num_return_sequences=4,
+                    max_new_tokens=24,
+                    logits_processor=processor,
+                )
+            gc.collect()
+            used.append(torch.cuda.memory_allocated())
+    assert used[-1] <= max(used[5:10])
