@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.utils import ModelOutput, logging
 from triton import knobs
@@ -176,7 +177,7 @@ class DecodeGraphs:
         arguments = {**dict(call.constants), **inputs, "past_key_values": cache}
 
         def decode() -> Any:
-            with cache.decode_through(kind.static):
+            with cache.decode_through(kind.static), _without_padding_check(self._model):
                 return forward(**arguments)
 
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -198,6 +199,7 @@ class DecodeGraphs:
     def _warm_up(self, decode: Callable[[], Any], kind: _Kind, call: Call, bucket: int) -> Any:
         """Run a step as it will be captured; as long as needed, compare what it does."""
         self.stats.warm_ups += 1
+        kind.static.fit(())
         if call in self._verdicts or (call, bucket) not in kind.warm:
             output = decode()  # kernels are compiled, and buffers made
             kind.warm.add((call, bucket))
@@ -350,6 +352,19 @@ def _find_obstacle(model: nn.Module, cache: TreeCache) -> str | None:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return "a capture is under way already"
     return None
+
+
+@contextmanager
+def _without_padding_check(model: nn.Module) -> Iterator[None]:
+    """GPT-2 reads its ids to warn of padding without a mask; ours is known, and reading waits."""
+    models = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    for part in models:
+        part.warn_if_padding_and_no_attention_mask = lambda *args: None
+    try:
+        yield
+    finally:
+        for part in models:
+            del part.warn_if_padding_and_no_attention_mask
 
 
 def _map(value: Any, change: Callable[[Any], Any]) -> Any:

@@ -61,9 +61,9 @@ class StaticDecode:
         return tuple(0 if work is None else work.num_items for work in works)
 
     def fit(self, grids: Sequence[int]) -> None:
-        """Launch on ``grids``, in the order of :meth:`items`, from now on."""
-        for reader, grid in zip(self._readers.values(), grids, strict=True):
-            reader.workspace.grid = grid
+        """Launch on ``grids``, in the order of :meth:`items`, from now on; (): on any that serve."""
+        for i, reader in enumerate(self._readers.values()):
+            reader.workspace.grid = grids[i] if grids else None
 
     def write(
         self, storage: KVStorage, layer: int, keys: torch.Tensor, values: torch.Tensor
