@@ -137,7 +137,7 @@ class DecodeGraphs:
         self._fingerprint: Hashable = None
         self._model_obstacle: str | None = None
         self._unchecked = True
-        self._pool: Any = None
+        self._pool: torch.cuda.MemPool | None = None
         self._stream: torch.cuda.Stream | None = None
 
     def run(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
@@ -228,14 +228,15 @@ class DecodeGraphs:
         return _copied(graph.output)
 
     def _capture(self, decode: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-        if self._stream is None:
-            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        if self._stream is None or self._pool is None:
+            # A pool of its own outlives all of its graphs; a bare handle does not.
+            self._pool, self._stream = torch.cuda.MemPool(), torch.cuda.Stream()
         graph, here, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), self._stream
         stream.wait_stream(here)
         # torch.cuda.graph would collect garbage and empty the allocator's cache first.
         try:
             with torch.cuda.stream(stream):
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                graph.capture_begin(pool=self._pool.id, capture_error_mode="thread_local")
                 try:
                     output = decode()
                 finally:

@@ -61,7 +61,7 @@ class StaticDecode:
         return tuple(0 if work is None else work.num_items for work in works)
 
     def fit(self, grids: Sequence[int]) -> None:
-        """Launch on ``grids``, in the order of :meth:`items`, from now on; (): on any that serve."""
+        """Launch on ``grids``, in the order of :meth:`items`; with (), on any that are enough."""
         for i, reader in enumerate(self._readers.values()):
             reader.workspace.grid = grids[i] if grids else None
 
