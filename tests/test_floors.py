@@ -46,10 +46,11 @@ FLOORS = {
     "integration.attention": 7,
     "integration.disk": 8,
     "integration.prepare": 8,
-    "integration.decode_graph": 8,
-    "integration.enable": 9,
+    "integration.decode_call": 8,
+    "integration.decode_graph": 9,
+    "integration.enable": 10,
     "generation.batch": 8,
-    "generation.loop": 9,
+    "generation.loop": 10,
 }
 
 # What `import hf_tree_cache` brings: nothing below may ask for it.

@@ -118,13 +118,16 @@ class Workspace:
         self._make_parts(1, 1, 1)
 
     def prepare(self, plan: TreeAttentionPlan, storage: KVStorage) -> None:
-        """Make the buffers those of ``plan``; does nothing the second time."""
+        """Make the buffers those of ``plan``; does nothing the second time.
+
+        Who keeps a fixed workspace calls :meth:`reset` where the counters may not be 0.
+        """
         if self._last is not None and self._last.plan() is plan:
             return
         if not self._grow(plan, storage):
             self._rebuild(plan, storage)
-        self._sync.zero_()
-        self._arrived.zero_()
+        if not self.fixed:
+            self.reset()
         self._last, self._lengths = _PlanMark.of(plan), np.array(plan.lengths, np.int64)
 
     def advance(self) -> None:
@@ -134,6 +137,10 @@ class Workspace:
         """
         self._ints["lengths"].add_(1)
         self._ints["tokens"].add_(self._ints["grows"])
+        self.reset()
+
+    def reset(self) -> None:
+        """Counters to 0, where launches leave them unless they are aborted. Can be captured."""
         self._sync.zero_()
         self._arrived.zero_()
 

@@ -6,10 +6,11 @@ Needs Triton.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..attention.buffers import IntBuffer
@@ -50,6 +51,11 @@ class StaticDecode:
         for (i, _), reader in self._readers.items():
             reader.workspace.prepare(step.plan, storages[i])
             self._moves += reader.room_for(bucket)
+
+    def reset(self) -> None:
+        """Counters to 0, for the case that a launch was aborted. Can be captured."""
+        for reader in self._readers.values():
+            reader.workspace.reset()
 
     def release(self) -> None:
         """Forget the step; nothing of its cache is kept alive."""
@@ -149,13 +155,12 @@ class _Target:
         """Send the places of one token a row; whether the buffer had to move."""
         ints, size, rows = self._ints, storage.block_size, len(slots)
         moved = ints.ensure(rows=1, k_blocks=bucket, v_blocks=bucket, offsets=bucket)
-        places = torch.tensor([slot for (slot,) in slots])
+        blocks, offsets = np.divmod(np.fromiter((slot for (slot,) in slots), np.int64, rows), size)
         k_numbers, v_numbers = storage.block_numbers()
-        blocks = places // size
         ints.host("rows")[0] = rows
-        ints.host("k_blocks")[:rows] = k_numbers[blocks].numpy()
-        ints.host("v_blocks")[:rows] = v_numbers[blocks].numpy()
-        ints.host("offsets")[:rows] = (places % size).numpy()
+        ints.host("k_blocks")[:rows] = k_numbers.numpy()[blocks]
+        ints.host("v_blocks")[:rows] = v_numbers.numpy()[blocks]
+        ints.host("offsets")[:rows] = offsets
         ints.send("rows", "offsets")
         return moved
 
@@ -196,9 +201,7 @@ class _Reader:
         return True
 
 
-def layouts(storages: Sequence[KVStorage]) -> tuple[Any, ...]:
-    """What of ``storages`` a captured graph relies on: addresses and strides."""
-    return tuple(
-        (s.spec, s.block_size, s.slab_blocks, s.num_layers, s.first_planes(0)[0].data_ptr())
-        for s in storages
-    )
+def layouts(storages: Sequence[KVStorage]) -> tuple[Hashable, Hashable]:
+    """What a captured graph relies on of the shape of ``storages``, and their addresses."""
+    shapes = tuple((s.spec, s.block_size, s.slab_blocks, s.num_layers) for s in storages)
+    return shapes, tuple(s.first_planes(0)[0].data_ptr() for s in storages)

@@ -242,6 +242,9 @@ class BranchTree:
             OutOfBlocks: too few blocks are left; nothing has changed.
         """
         assert len(counts) == len(self.rows)
+        grown = self._grow_tips() if all(count == 1 for count in counts) else None
+        if grown is not None:
+            return grown
         fresh = iter(self._allocate(self._blocks_needed(counts)))
         size, tips, allocator = self.block_size, self._tips, self.allocator
         slots: list[list[int]] = []
@@ -281,6 +284,19 @@ class BranchTree:
             self.topology_version += 1
         self.num_copies += len(copies)
         return AppendPlan(slots, copies)
+
+    def _grow_tips(self) -> AppendPlan | None:
+        """:meth:`append` of one token to each row where all tips are their own; None elsewhere."""
+        tips, size = self.tips(), self.block_size
+        if any(tip.refs != 1 or tip.children or tip.parent is None for tip in tips):
+            return None
+        full = [tip for tip in tips if not tip.end % size]
+        for tip, block in zip(full, self._allocate(len(full)), strict=True):
+            tip.blocks.append(block)
+        slots = [[tip.blocks[-1] * size + tip.end % size] for tip in tips]
+        for tip in tips:
+            tip.end += 1
+        return AppendPlan(slots)
 
     def truncate(self, branch: Branch, length: int) -> None:
         """Forget the tokens of ``branch`` from position ``length`` on.
