@@ -47,6 +47,7 @@ FLOORS = {
     "integration.disk": 8,
     "integration.prepare": 8,
     "integration.decode_call": 8,
+    "integration.compiled": 8,
     "integration.decode_graph": 9,
     "integration.enable": 10,
     "generation.batch": 8,

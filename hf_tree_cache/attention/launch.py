@@ -117,16 +117,17 @@ class Workspace:
         self._part_dtype = torch.float32 if wide else torch.float16
         self._make_parts(1, 1, 1)
 
-    def prepare(self, plan: TreeAttentionPlan, storage: KVStorage) -> None:
+    def prepare(self, plan: TreeAttentionPlan, storage: KVStorage, *, reset: bool = True) -> None:
         """Make the buffers those of ``plan``; does nothing the second time.
 
-        Who keeps a fixed workspace calls :meth:`reset` where the counters may not be 0.
+        Args:
+            reset: also :meth:`reset`, which may as well be captured with the launches.
         """
         if self._last is not None and self._last.plan() is plan:
             return
         if not self._grow(plan, storage):
             self._rebuild(plan, storage)
-        if not self.fixed:
+        if reset:
             self.reset()
         self._last, self._lengths = _PlanMark.of(plan), np.array(plan.lengths, np.int64)
 

@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from ..attention.dispatch import run_tree_attention
 from ..attention.plan import Window
 from ..errors import UnsupportedModel
-from .handles import LayerKV, PagedKV, TreeMask
+from .handles import CompiledKV, LayerKV, PagedKV, TreeMask
 
 NAME = "tree_attention"
 """``attn_implementation`` of a model that reads a TreeCache in place."""
@@ -45,8 +45,8 @@ SDPA_KWARGS = frozenset(inspect.signature(sdpa_attention_forward).parameters)
 def tree_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
-    key: torch.Tensor | PagedKV,
-    value: torch.Tensor | PagedKV,
+    key: torch.Tensor | PagedKV | CompiledKV,
+    value: torch.Tensor | PagedKV | CompiledKV,
     attention_mask: torch.Tensor | TreeMask | None,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -69,6 +69,14 @@ def tree_attention_forward(
     Returns:
         ``[B, T, Hq, Dv]``, and None for the weights, which are never made.
     """
+    if isinstance(key, CompiledKV):
+        _refuse_unknown(kwargs, frozenset())
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = torch.ops.hf_tree_cache.decode_attention(
+            query, key.keys, key.values, key.layer, key.number, scale, softcap, s_aux
+        )
+        return out, None
+    assert not isinstance(value, CompiledKV)
     if isinstance(key, PagedKV) and isinstance(value, PagedKV) and key.source is value.source:
         kv = key.source
         window, obstacle = _find_obstacle(module, query, kv, attention_mask, dropout, kwargs)

@@ -16,7 +16,9 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.utils import logging
 from triton import knobs
 
+from ..errors import InvalidArgument
 from .cache import TreeCache
+from .compiled import CompiledLayers
 from .decode_call import Call, outward, read_call, without_cache
 from .fingerprint import find_hook, fingerprint
 from .layers import PagedLayer
@@ -104,13 +106,15 @@ class _Kind:
     """What belongs to caches of equal specs, block size and settings.
 
     Attributes:
-        warm: programs and buckets that have run once: all kernels are compiled and loaded.
+        made: programs and buckets that have run once: all buffers are there.
+        warm: those that have run as they will be captured: all kernels are compiled and loaded.
         graphs: by program, bucket and the cache's addresses.
         pool: memory of the graphs; it must not outlive the last of them, nor they it.
         moves: of ``static`` when ``graphs`` were captured.
     """
 
     static: StaticDecode = field(default_factory=StaticDecode)
+    made: set[tuple[_Program, int]] = field(default_factory=set)
     warm: set[tuple[_Program, int]] = field(default_factory=set)
     graphs: OrderedDict[Hashable, list[_Graph]] = field(default_factory=OrderedDict)
     pool: Any = None
@@ -153,12 +157,19 @@ class DecodeGraphs:
     dropped when weights move or when a buffer has to grow; a cache that lies elsewhere gets its
     own.
 
+    Args:
+        compile: compile the decoder layers for what is captured.
+
     Attributes:
         stats: how the steps so far ran.
+
+    Raises:
+        InvalidArgument: ``compile``, and a model whose layers cannot be told apart.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, compile: bool = False) -> None:
         self.stats = GraphStats()
+        self._compiled = _compiled_layers(model) if compile else None
         self._model = model
         self._kinds: dict[Hashable, _Kind] = {}
         self._programs: dict[Call, _Program] = {}
@@ -205,8 +216,9 @@ class DecodeGraphs:
             inputs = program.inputs[bucket] = call.make_inputs(bucket, place.device)
         arguments = {**dict(call.constants), **inputs, "past_key_values": cache}
 
-        def decode() -> Any:
-            with cache.decode_through(static), _without_padding_check(self._model):
+        def decode(compiled: CompiledLayers | None = None) -> Any:
+            swapped = nullcontext() if compiled is None else compiled.swapped(static, cache.layers)
+            with cache.decode_through(static), _without_padding_check(self._model), swapped:
                 static.reset()
                 return forward(**arguments)
 
@@ -232,21 +244,40 @@ class DecodeGraphs:
         return output
 
     def _warm_up(
-        self, decode: Callable[[], Any], kind: _Kind, program: _Program, bucket: int
+        self, decode: Callable[..., Any], kind: _Kind, program: _Program, bucket: int
     ) -> Any:
         """Run a step as it will be captured; as long as needed, compare what it does."""
         self.stats.warm_ups += 1
         kind.static.fit(())
-        if program.proven or (program, bucket) not in kind.warm:
-            output = decode()  # kernels are compiled, and buffers made
-            kind.warm.add((program, bucket))
-            return output
-        with OpRecord() as record:
+        if (program, bucket) not in kind.made:
             output = decode()
-        program.compare(bucket, record)
+            kind.made.add((program, bucket))
+        elif program.proven and self._compiled is not None:
+            output = self._compile(decode)
+            kind.warm.add((program, bucket))
+        else:
+            with nullcontext() if program.proven else OpRecord() as record:
+                output = decode()
+            if record is not None:
+                program.compare(bucket, record)
+        if self._compiled is None:
+            kind.warm.add((program, bucket))
         return output
 
-    def _graph(self, decode: Callable[[], Any], kind: _Kind, key: Hashable) -> _Graph:
+    def _compile(self, decode: Callable[..., Any]) -> Any:
+        """Run a step through compiled layers; if that fails, never again."""
+        try:
+            return decode(self._compiled)
+        except Exception as error:
+            self._compiled = None
+            first = str(error).strip().partition("\n")[0]
+            logger.warning(
+                f"enable_tree_attention(compile=True): {type(self._model).__name__} runs without "
+                f"compiled layers: {type(error).__name__}: {first}"
+            )
+            return decode()
+
+    def _graph(self, decode: Callable[..., Any], kind: _Kind, key: Hashable) -> _Graph:
         """A graph for the work that is in the buffers, captured now if need be."""
         graph = kind.find(key)
         if graph is None:
@@ -257,7 +288,7 @@ class DecodeGraphs:
             self.stats.captured += 1
         return graph
 
-    def _capture(self, decode: Callable[[], Any], kind: _Kind) -> tuple[torch.cuda.CUDAGraph, Any]:
+    def _capture(self, decode: Callable[..., Any], kind: _Kind) -> tuple[torch.cuda.CUDAGraph, Any]:
         if kind.pool is None:
             kind.pool = torch.cuda.MemPool()
         if self._stream is None:
@@ -269,7 +300,7 @@ class DecodeGraphs:
             with torch.cuda.stream(stream):
                 graph.capture_begin(pool=kind.pool.id, capture_error_mode="thread_local")
                 try:
-                    output = decode()
+                    output = decode(self._compiled)
                 finally:
                     graph.capture_end()
         except NotCapturable:
@@ -306,6 +337,16 @@ class DecodeGraphs:
         kind = self._kinds.setdefault((specs, cache.deterministic), _Kind())
         self._place = _Place(weakref.ref(cache), kind, addresses, cache.storages[0].spec.device)
         return self._look_at(cache)
+
+
+def _compiled_layers(model: nn.Module) -> CompiledLayers:
+    try:
+        return CompiledLayers(model)
+    except NotCapturable as obstacle:
+        raise InvalidArgument(
+            f"enable_tree_attention(compile=True): {type(model).__name__}: {obstacle}. Leave "
+            "compile out."
+        ) from obstacle
 
 
 def bucket_of(count: int) -> int:

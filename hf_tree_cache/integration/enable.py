@@ -34,6 +34,7 @@ def enable_tree_attention(
     model: nn.Module,
     *,
     cuda_graphs: bool | Literal["auto"] = "auto",
+    compile: bool = False,
     replace_default_cache: bool = False,
 ) -> EnabledTreeAttention:
     """Switch ``model`` to tree attention, in place.
@@ -53,6 +54,8 @@ def enable_tree_attention(
         model: a transformers model, or a PEFT model around one.
         cuda_graphs: "auto" where they can be used, and a word (once) where they cannot; True
             insists on a model on a CUDA GPU with Triton; False runs every step eagerly.
+        compile: compile the decoder layers (:func:`torch.compile`) for the graphs; takes some
+            seconds at the first decode steps, and rounds differently.
         replace_default_cache: put a TreeCache in the place of the empty DynamicCache that
             ``generate`` makes for callers who pass no cache.
 
@@ -61,7 +64,7 @@ def enable_tree_attention(
 
     Raises:
         InvalidArgument: not a transformers model, or one that is enabled already; graphs that are
-            insisted on, and no GPU or no Triton.
+            insisted on, and no GPU or no Triton; ``compile`` without graphs.
     """
     unwrap: Any = getattr(model, "get_base_model", lambda: model)
     base = unwrap()
@@ -74,7 +77,7 @@ def enable_tree_attention(
             f"enable_tree_attention: this {type(base).__name__} is enabled already. Keep the "
             "handle of the first call and disable() it, or write `with enable_tree_attention(...)`."
         )
-    graphs = _make_graphs(base, cuda_graphs)
+    graphs = _make_graphs(base, cuda_graphs, compile)
     return EnabledTreeAttention(base, replace_default_cache, graphs)
 
 
@@ -129,10 +132,15 @@ class EnabledTreeAttention:
         self.disable()
 
 
-def _make_graphs(model: PreTrainedModel, wanted: bool | str) -> DecodeGraphs | None:
+def _make_graphs(model: PreTrainedModel, wanted: bool | str, compile: bool) -> DecodeGraphs | None:
     if wanted not in (True, False, "auto"):
         raise InvalidArgument(
             f"enable_tree_attention(cuda_graphs={wanted!r}): True, False, 'auto'."
+        )
+    if compile and not wanted:
+        raise InvalidArgument(
+            "enable_tree_attention(compile=True, cuda_graphs=False): layers are compiled for the "
+            "graphs; leave cuda_graphs out."
         )
     obstacle = None
     if not torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET"):
@@ -150,7 +158,7 @@ def _make_graphs(model: PreTrainedModel, wanted: bool | str) -> DecodeGraphs | N
             f"enable_tree_attention(cuda_graphs=True): {obstacle}. Move the model to a CUDA GPU "
             "first, or leave cuda_graphs out."
         )
-    return None if obstacle is not None or not wanted else DecodeGraphs(model)
+    return None if obstacle is not None or not wanted else DecodeGraphs(model, compile=compile)
 
 
 def _with_graphs(forward: Callable[..., Any], graphs: DecodeGraphs) -> Callable[..., Any]:

@@ -116,6 +116,24 @@ class PagedKV(_Materialising):
         return f"PagedKV({'values' if self.which else 'keys'}, shape={tuple(self.shape)})"
 
 
+class CompiledKV:
+    """The new K and V of a layer within a compiled forward: the operator behind does the rest.
+
+    Attributes:
+        keys, values: ``[B, Hkv, 1, D]``.
+        layer: number of the layer, int64 ``[]`` on the CPU.
+        number: of the :class:`.compiled.CompiledLayers`.
+    """
+
+    def __init__(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: torch.Tensor, number: int
+    ) -> None:
+        self.keys = keys
+        self.values = values
+        self.layer = layer
+        self.number = number
+
+
 class TreeMask(_Materialising):
     """A mask that nobody has needed as a tensor yet.
 

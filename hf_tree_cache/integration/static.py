@@ -49,7 +49,7 @@ class StaticDecode:
         padded = replace(step, counts=[1] * bucket, padding_known=True)
         self._current = _Current(step, padded, list(storages), bucket)
         for (i, _), reader in self._readers.items():
-            reader.workspace.prepare(step.plan, storages[i])
+            reader.workspace.prepare(step.plan, storages[i], reset=False)
             self._moves += reader.room_for(bucket)
 
     def reset(self) -> None:
@@ -96,8 +96,13 @@ class StaticDecode:
         window: Window | None,
         softcap: float | None,
         sinks: torch.Tensor | None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of ``query [bucket, Hq, 1, Dk]``: ``[bucket, Hq, 1, Dv]``, padding finite.
+
+        Args:
+            out: ``[bucket, 1, Hq, Dv]`` contiguous, where to put it; default a buffer that the next
+                call overwrites.
 
         Raises:
             NotCapturable: the fused kernel cannot serve the layer.
@@ -110,7 +115,8 @@ class StaticDecode:
         group = query.shape[1] // storage.spec.num_kv_heads
         key = WorkspaceKey(storage.spec, group, window, now.step.plan.deterministic)
         reader = self._reader(now, now.index(storage), key)
-        out, lse = reader.out[: now.bucket], reader.lse[: now.bucket]
+        out = reader.out[: now.bucket] if out is None else out
+        lse = reader.lse[: now.bucket]
         query = query if query.stride(3) == 1 else query.contiguous()
         reader.workspace.launch(
             query, storage, kv.layer, out, lse, scale=scale, softcap=softcap, sinks=sinks
