@@ -27,23 +27,24 @@ FLOORS = {
     "attention.reference": 4,
     "attention.torch_backend": 4,
     "attention.kernel": 4,
-    "attention.schedule": 4,
+    "attention.outline": 4,
     "generation.view": 4,
-    "attention.launch": 5,
+    "attention.schedule": 5,
     "integration.step": 5,
     "integration.layers": 5,
     "generation.record": 5,
-    "attention.dispatch": 6,
-    "attention.tune": 6,
+    "attention.launch": 6,
     "integration.handles": 6,
     "generation.output": 6,
-    "integration.cache": 7,
-    "integration.attention": 7,
-    "integration.disk": 8,
-    "integration.prepare": 8,
-    "integration.enable": 9,
-    "generation.batch": 8,
-    "generation.loop": 9,
+    "attention.dispatch": 7,
+    "attention.tune": 7,
+    "integration.cache": 8,
+    "integration.attention": 8,
+    "integration.disk": 9,
+    "integration.prepare": 9,
+    "generation.batch": 9,
+    "integration.enable": 10,
+    "generation.loop": 10,
 }
 
 # What `import hf_tree_cache` brings: nothing below may ask for it.
@@ -53,10 +54,7 @@ TOP = max(FLOORS.values()) + 1
 NO_TORCH = {"memory.allocator", "memory.tree"}
 
 # Imports inside functions hide dependencies; Triton is optional, so its callers may wait.
-LAZY_ALLOWED = {
-    ("attention.launch", "attention.kernel"),
-    ("attention.dispatch", "attention.launch"),
-}
+LAZY_ALLOWED = {("attention.dispatch", "attention.launch")}
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,7 @@ CASES = {
     "submodule from its package": ("attention.plan", "from hf_tree_cache.memory import tree", None),
     "name from a lower package": ("attention.plan", "from ..memory import BranchTree", None),
     "type checking only": ("errors", "if TYPE_CHECKING:\n    from .memory.tree import X", None),
-    "optional kernel": ("attention.launch", "def f():\n    from . import kernel", None),
+    "optional kernel": ("attention.dispatch", "def f():\n    from . import launch", None),
     "upward import": ("memory.allocator", "from .tree import X", "lower floor only"),
     "sibling import": ("memory.storage", "from . import allocator", "lower floor only"),
     "name from its own package": ("memory.tree", "from . import X", "lower floor only"),

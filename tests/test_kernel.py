@@ -32,9 +32,10 @@ from trees import SHAPES, Grown, ShadowTree
 
 from hf_tree_cache.attention import dispatch
 from hf_tree_cache.attention.dispatch import run_tree_attention
+from hf_tree_cache.attention.outline import FIXED_CHUNK, GROWTH_TOKENS
 from hf_tree_cache.attention.plan import Window, build_plan
 from hf_tree_cache.attention.reference import tree_attention_reference
-from hf_tree_cache.attention.schedule import FIXED_CHUNK, GROWTH_TOKENS, MERGE, schedule
+from hf_tree_cache.attention.schedule import MERGE, schedule
 from hf_tree_cache.attention.tiles import Tiles, TileSet
 from hf_tree_cache.errors import InvalidArgument
 from hf_tree_cache.memory.storage import KVSpec, KVStorage, SlabIndex

@@ -13,18 +13,9 @@ import pytest
 import torch
 from trees import SHAPES, Grown, ShadowTree, grow_randomly
 
+from hf_tree_cache.attention.outline import FIXED_CHUNK, GROWTH_TOKENS, UNLIMITED
 from hf_tree_cache.attention.plan import TreeAttentionPlan, Window, build_plan
-from hf_tree_cache.attention.schedule import (
-    FIELDS,
-    FIXED_CHUNK,
-    GROWTH_TOKENS,
-    LARGE,
-    MERGE,
-    SMALL,
-    UNLIMITED,
-    WorkList,
-    schedule,
-)
+from hf_tree_cache.attention.schedule import FIELDS, LARGE, MERGE, SMALL, WorkList, schedule
 from hf_tree_cache.attention.tiles import Tiles, TileSet
 from hf_tree_cache.memory.storage import KVSpec, KVStorage
 
