@@ -599,6 +599,26 @@ def test_a_deterministic_merge_has_the_shape_that_it_has_alone() -> None:
     assert len(shapes) == 1, "a sum over other numbers of parts may round in another order"
 
 
+@pytest.mark.parametrize(
+    ("group", "merge_parts", "shape"),
+    [(1, 8, (8, 8)), (7, 8, (8, 8)), (9, 8, (16, 4)), (16, 8, (16, 4)), (16, 2, (16, 1))],
+    ids=["1 head", "7 heads", "9 heads", "16 heads", "16 heads and few parts"],
+)
+@pytest.mark.parametrize("deterministic", [False, True], ids=["free cuts", "fixed cuts"])
+def test_a_merge_of_a_large_group_takes_more_rows_and_fewer_parts(
+    group: int, merge_parts: int, shape: tuple[int, int], deterministic: bool
+) -> None:
+    shadow = ShadowTree(16)
+    shadow.add_rows(1)
+    shadow.append([9000])
+    shadow.append([1])
+    plan = build_plan(shadow.tree, [1], 1, deterministic=deterministic)
+    tiles = Tiles(merge_rows=8, merge_parts=merge_parts, deterministic=deterministic)
+    work = schedule(plan, tiles, group_size=group, num_kv_heads=1, num_sms=132)
+    assert work.num_slots > merge_parts
+    assert (work.merge_rows, work.merge_parts) == shape
+
+
 def test_deterministic_cuts_do_not_depend_on_when_the_tree_last_changed() -> None:
     shadow = ShadowTree(16)
     shadow.add_rows(1)

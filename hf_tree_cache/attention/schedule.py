@@ -288,7 +288,9 @@ def _work_list(
     adapts = not (fixed or tiles.deterministic)
     if adapts and 2 * num_parts.max(initial=0) <= merge_parts:
         merge_rows, merge_parts = 2 * merge_rows, merge_parts // 2
-    merge_rows = max(merge_rows, 1 << (group_size - 1).bit_length())
+    # A query's heads are merged together; what is loaded at a time stays as much.
+    while merge_rows < group_size:
+        merge_rows, merge_parts = 2 * merge_rows, max(1, merge_parts // 2)
     merges = _tiled(np.flatnonzero(num_parts), merge_rows // group_size)
     num_work = len(order) + len(blanks)
     records = np.zeros((num_work + len(merges), FIELDS + 2 * width), np.int32)
