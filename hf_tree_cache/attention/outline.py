@@ -17,6 +17,7 @@ from ..memory.tree import Node
 from .plan import TreeAttentionPlan, Window
 from .tiles import Tiles
 
+Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
 
 UNLIMITED = 1 << 30
@@ -31,10 +32,10 @@ FIXED_CHUNK = 512
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """All segments of a plan as arrays.
+    """All segments of a plan as arrays, int64 where nothing else is said.
 
     Attributes:
-        blocks: block ids, segment after segment, tails with room to grow.
+        blocks: int32, block ids, segment after segment, tails with room to grow.
         first_block: where each segment's begin.
         begin, tokens: position of the first token, and how many there are.
         skipped: tokens at the front that no query's window reaches.
@@ -46,7 +47,7 @@ class Segments:
         member_lower: tokens of the segment before the member's window.
     """
 
-    blocks: Longs
+    blocks: Ints
     first_block: Longs
     begin: Longs
     tokens: Longs
@@ -377,9 +378,9 @@ def _to_arrays(
     tokens[is_tail] = lengths[row[is_tail]] - begin[is_tail]
     places = num_blocks + is_tail * -(-GROWTH_TOKENS // size)
     first_block = np.cumsum(places) - places
-    blocks = np.zeros(places.sum(), np.int64)
+    blocks = np.zeros(places.sum(), np.int32)
     blocks[ramps(num_blocks) + np.repeat(first_block, num_blocks)] = np.fromiter(
-        chain.from_iterable(lists), np.int64, num_blocks.sum()
+        chain.from_iterable(lists), np.int32, num_blocks.sum()
     )
 
     # Members, ranges of queries expanded.

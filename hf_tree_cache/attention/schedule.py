@@ -15,6 +15,7 @@ import numpy.typing as npt
 from .outline import (
     GROWTH_TOKENS,
     UNLIMITED,
+    Ints,
     Longs,
     Segments,
     find_segments,
@@ -23,8 +24,6 @@ from .outline import (
 )
 from .plan import TreeAttentionPlan, Window
 from .tiles import Tiles
-
-Ints = npt.NDArray[np.int32]
 
 FIELDS = 8
 """Head of a record: kind, place in the list, position of the first token, queries, first slot of
@@ -337,7 +336,7 @@ def _work_list(
         items=records,
         tokens=tokens,
         grows=grows,
-        blocks=np.concatenate([segments.blocks, np.zeros(LIST_PADDING, np.int64)]).astype(np.int32),
+        blocks=np.concatenate([segments.blocks, np.zeros(LIST_PADDING, np.int32)]),
         part_ptr=np.concatenate([[0], np.cumsum(num_parts)]).astype(np.int32),
         part_slots=part_slots.astype(np.int32),
         tiles=tiles,
