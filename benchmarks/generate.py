@@ -12,21 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-import triton
 from ceilings import linear_read
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_tree_cache import TreeCache, enable_tree_attention
+from hf_tree_cache.env import environment
 
 WORKLOADS = ((2_000, 16, 64), (2_000, 64, 64), (32_768, 32, 64))
 """P, N, T."""
@@ -93,21 +89,6 @@ def measure(model: PreTrainedModel, make_cache: Any, prompt: int, rows: int, tok
         "first_tokens_s": first,
         "total_s": long,
         "peak_above_weights_gb": (torch.cuda.max_memory_allocated() - weights) / 1e9,
-    }
-
-
-def environment() -> dict[str, str]:
-    commit = os.environ.get("HF_TREE_CACHE_COMMIT", "")
-    if not commit:
-        command = ["git", "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "transformers": transformers.__version__,
-        "python": sys.version.split()[0],
-        "commit": commit,
     }
 
 

@@ -19,7 +19,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from peers import PEERS, Peer, Problem, Unavailable
 from hf_tree_cache.attention.launch import Workspace
 from hf_tree_cache.attention.plan import build_plan
 from hf_tree_cache.attention.schedule import schedule
-from hf_tree_cache.env import environment
+from hf_tree_cache.env import environment, version_of
 from hf_tree_cache.memory.storage import KVStorage
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -482,17 +481,6 @@ def summary(results: Results, cases: list[Case]) -> dict[str, Any]:
     }
 
 
-def describe_machine() -> dict[str, str]:
-    report = environment()
-    try:
-        report["flashinfer"] = metadata.version("flashinfer-python")
-    except metadata.PackageNotFoundError:
-        report["flashinfer"] = "not installed"
-    # A copy of the tree, as on a borrowed machine, has no history to ask.
-    report["commit"] = os.environ.get("HF_TREE_CACHE_COMMIT") or report["commit"]
-    return report
-
-
 def chosen_cases(only: str | None) -> list[Case]:
     """All cases, or those of the workloads in ``only``.
 
@@ -532,7 +520,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     started = time.perf_counter()
-    machine = describe_machine()
+    machine = environment() | {"flashinfer": version_of("flashinfer-python")}
     for name, value in machine.items():
         print(f"{name:<16}  {value}")
     limits = measure_limits(cases)

@@ -90,9 +90,3 @@ def unique_bytes(tree: BranchTree, spec: KVSpec) -> int:
     """Bytes of K and V of one layer that any row reads."""
     slot = spec.num_kv_heads * (spec.k_head_dim + spec.v_head_dim) * spec.dtype.itemsize
     return tree.num_unique_tokens() * slot
-
-
-def products(tree: BranchTree, spec: KVSpec, num_q_heads: int) -> int:
-    """Floating-point operations of one layer: 2 for each product and its sum."""
-    lengths = sum(tree.row_lengths())
-    return 2 * num_q_heads * (spec.k_head_dim + spec.v_head_dim) * lengths

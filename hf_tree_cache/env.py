@@ -9,6 +9,9 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
+COMMIT_VARIABLE = "HF_TREE_CACHE_COMMIT"
+"""The commit of a copy of the tree that has no history to ask, as on a borrowed machine."""
+
 PACKAGES = (
     "hf_tree_cache",
     "torch",
@@ -23,7 +26,7 @@ PACKAGES = (
 def environment() -> dict[str, str]:
     """Returns versions, platform, commit and GPUs; what is missing is said, never raised."""
     report = {"python": platform.python_version()}
-    report |= {package: _version(package) for package in PACKAGES}
+    report |= {package: version_of(package) for package in PACKAGES}
     report["commit"] = _commit()
     report["platform"] = platform.platform()
     report["cpu_count"] = str(os.cpu_count())
@@ -37,7 +40,8 @@ def main() -> None:
         print(f"{name:<{width}}  {value}")
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """Its version, or "not installed"."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -45,6 +49,8 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
+    if told := os.environ.get(COMMIT_VARIABLE):
+        return told
     root = Path(__file__).resolve().parents[1]
     # An installed package may lie inside somebody else's repository.
     if not (root / ".git").exists():

@@ -41,6 +41,10 @@ class OutOfBlocks(TreeCacheError, RuntimeError):
         self.free = free
 
 
+class ScatteredStorage(TreeCacheError, RuntimeError):
+    """K/V that the device put too far apart for the fused kernel to reach from one address."""
+
+
 class UnsupportedModel(TreeCacheError, NotImplementedError):
     """A model or a mode that this cache cannot serve, not even slowly."""
 

@@ -42,7 +42,7 @@ def draw_family(seed: int) -> Family:
         item_cost=rng.choice([0, 20, 200]),
         waves=rng.choice([0.5, 1, 4]),
     )
-    other = Tiles(min_chunk=16, item_cost=20, waves=2, kv_small=32)
+    other = Tiles(min_chunk=16, item_cost=20, waves=2, kv_small=32, merge_parts=2)
     return Family(
         dtype=rng.choice([torch.float32, torch.float32, torch.float16]),
         head_dims=rng.choice([(16, 16), (64, 64), (24, 24), (32, 16)]),

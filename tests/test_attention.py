@@ -302,29 +302,33 @@ def test_the_random_cases_are_what_they_should_be(monkeypatch: pytest.MonkeyPatc
     assert all(values == {False, True} for values in seen.values()), seen
 
 
+def grow_by_one(case: Case, last: TreeAttentionPlan | None) -> Case:
+    """The next forward, one token a row, over a storage that is filled anew."""
+    shadow = case.grown.shadow
+    counts = [1] * len(shadow.rows)
+    shadow.append(counts)
+    slab_blocks = case.storage.slab_blocks
+    storage, keys, values = fill(shadow, case.storage.spec, slab_blocks=slab_blocks)
+    return replace(
+        case,
+        grown=Grown(shadow, counts, 1),
+        plan=build_plan(shadow.tree, counts, 1, last),
+        storage=storage,
+        layer=0,
+        keys=keys,
+        values=values,
+        q=torch.randn_like(case.q[:, :, :1]),
+    )
+
+
 @trees(range(0, SEEDS, 7))
 def test_a_plan_kept_over_growth_gives_the_same_attention(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = make_case(monkeypatch, seed)
-    shadow = case.grown.shadow
-    counts = [1] * len(shadow.rows)
     for _ in range(3):
         attend(case, "torch")
-        shadow.append(counts)
-        storage, keys, values = fill(
-            shadow, case.storage.spec, slab_blocks=case.storage.slab_blocks
-        )
-        case = replace(
-            case,
-            grown=Grown(shadow, counts, 1),
-            plan=build_plan(shadow.tree, counts, 1, case.plan),
-            storage=storage,
-            layer=0,
-            keys=keys,
-            values=values,
-            q=torch.randn_like(case.q[:, :, :1]),
-        )
+        case = grow_by_one(case, case.plan)
         check_same(attend(case, "torch"), branch_by_branch(case), 1e-10)
 
 
@@ -334,24 +338,12 @@ def test_a_kept_plan_keeps_the_indices_of_its_runs_and_no_mask(
     case = make_case(monkeypatch, 1, plain=True)
     monkeypatch.setattr(plan_module, "FOLD_TOKENS", 1)
     monkeypatch.setattr(plan_module, "RUN_TOKENS", 512)
-    shadow, plan = case.grown.shadow, None
+    plan = None
     for kept in (False, True, True):
-        counts = [1] * len(shadow.rows)
-        shadow.append(counts)
-        plan = build_plan(shadow.tree, counts, 1, plan)
+        case = grow_by_one(case, plan)
+        plan = case.plan
         assert plan.runs
         assert len(plan.scratch) == (len(plan.runs) if kept else 0)
-        storage, keys, values = fill(shadow, case.storage.spec)
-        case = replace(
-            case,
-            grown=Grown(shadow, counts, 1),
-            plan=plan,
-            storage=storage,
-            layer=0,
-            keys=keys,
-            values=values,
-            q=torch.randn_like(case.q[:, :, :1]),
-        )
         check_same(attend(case, "torch"), branch_by_branch(case), 1e-10)
         assert len(plan.scratch) > len(plan.runs)
 

@@ -14,6 +14,8 @@ import cases
 import kernel
 import workloads
 
+from hf_tree_cache.env import COMMIT_VARIABLE, environment
+
 FIGURES = {
     # megabytes stored, megabytes that rows read one by one, GFLOP with 32 heads
     "W1_16": (25, 148, 0.59),
@@ -44,7 +46,6 @@ def test_workloads_have_the_bytes_and_products_they_are_known_by(name: str) -> N
     slot_bytes = case.spec.block_bytes(1)
     assert visible.unique * slot_bytes == workloads.unique_bytes(tree, case.spec)
     flop = 4 * case.num_q_heads * case.head_dim * visible.pairs
-    assert flop == workloads.products(tree, case.spec, case.num_q_heads)
     shown = (round(visible.unique * slot_bytes / 1e6), round(visible.logical * slot_bytes / 1e6))
     assert (*shown, round(flop / 1e9, 2)) == FIGURES[name]
 
@@ -110,3 +111,10 @@ def test_results_survive_from_one_run_to_the_next(tmp_path: Path) -> None:
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert kernel.main([]) == 2
     assert "sees no CUDA GPU" in capsys.readouterr().err
+
+
+def test_a_copy_without_history_names_the_commit_that_it_was_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(COMMIT_VARIABLE, "0123abc")
+    assert environment()["commit"] == "0123abc"

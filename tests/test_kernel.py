@@ -32,9 +32,10 @@ from trees import SHAPES, Grown, ShadowTree
 
 from hf_tree_cache.attention import dispatch
 from hf_tree_cache.attention.dispatch import run_tree_attention
+from hf_tree_cache.attention.outline import FIXED_CHUNK, GROWTH_TOKENS
 from hf_tree_cache.attention.plan import Window, build_plan
 from hf_tree_cache.attention.reference import tree_attention_reference
-from hf_tree_cache.attention.schedule import FIXED_CHUNK, GROWTH_TOKENS, MERGE, schedule
+from hf_tree_cache.attention.schedule import MERGE, schedule
 from hf_tree_cache.attention.tiles import Tiles, TileSet
 from hf_tree_cache.errors import InvalidArgument
 from hf_tree_cache.memory.storage import KVSpec, KVStorage, SlabIndex
@@ -683,16 +684,22 @@ def test_ten_thousand_launches_give_the_same_bits_and_none_hangs() -> None:
 # Dispatch.
 
 
-@pytest.mark.gpu
-def test_auto_takes_the_kernel_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = []
-    run = launch.tree_attention_triton
+def watch(patch: pytest.MonkeyPatch, module: Any, name: str) -> list[tuple[Any, ...]]:
+    """The arguments of all calls of a function, which works as before."""
+    calls: list[tuple[Any, ...]] = []
+    run = getattr(module, name)
 
-    def spy(*arguments: Any, **options: Any) -> Any:
-        taken.append(arguments)
+    def noted(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
         return run(*arguments, **options)
 
-    monkeypatch.setattr(launch, "tree_attention_triton", spy)
+    patch.setattr(module, name, noted)
+    return calls
+
+
+@pytest.mark.gpu
+def test_auto_takes_the_kernel_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = watch(monkeypatch, launch, "tree_attention_triton")
     call = family_call(ANY_KERNEL[0], 1)
     arguments = (call.q, call.storage, call.layer, call.plan)
     for number, backend in enumerate(["auto", "triton"]):
@@ -722,14 +729,7 @@ def test_auto_falls_back_to_torch_and_triton_by_name_says_why_not(
     reason: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    taken = []
-    run = dispatch.tree_attention_torch
-
-    def spy(*arguments: Any, **options: Any) -> Any:
-        taken.append(arguments)
-        return run(*arguments, **options)
-
-    monkeypatch.setattr(dispatch, "tree_attention_torch", spy)
+    taken = watch(monkeypatch, dispatch, "tree_attention_torch")
     family = Family(dtype, (head_dim, head_dim), group, block_size, (1, 5))
     for seed in range(8):
         call = make_call(family, seed, "cuda")

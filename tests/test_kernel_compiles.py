@@ -144,9 +144,7 @@ def arguments_of(
     patch.setattr(launch, "_arch", lambda device: variant.arch)
     patch.setattr(launch, "_num_sms", lambda device: 132)
     workspace = family.workspace("cpu")
-    # One slab: on a CPU, two may lie further apart than block numbers reach.
-    num_blocks = shadow.tree.allocator.num_blocks
-    call = call_over(family, grown, "cpu", slab_blocks=num_blocks)
+    call = call_over(family, grown, "cpu")
     workspace.prepare(call.plan, call.storage)
     got: list[Any] = []
 

@@ -13,18 +13,9 @@ import pytest
 import torch
 from trees import SHAPES, Grown, ShadowTree, grow_randomly
 
+from hf_tree_cache.attention.outline import FIXED_CHUNK, GROWTH_TOKENS, UNLIMITED
 from hf_tree_cache.attention.plan import TreeAttentionPlan, Window, build_plan
-from hf_tree_cache.attention.schedule import (
-    FIELDS,
-    FIXED_CHUNK,
-    GROWTH_TOKENS,
-    LARGE,
-    MERGE,
-    SMALL,
-    UNLIMITED,
-    WorkList,
-    schedule,
-)
+from hf_tree_cache.attention.schedule import FIELDS, LARGE, MERGE, SMALL, WorkList, schedule
 from hf_tree_cache.attention.tiles import Tiles, TileSet
 from hf_tree_cache.memory.storage import KVSpec, KVStorage
 
@@ -433,18 +424,27 @@ def make_workspace(case: Case) -> tuple[Any, KVStorage]:
     return launch.Workspace(key), storage
 
 
+def step(
+    workspace: Any, case: Case, storage: KVStorage, counts: list[int], num_new: int = 1
+) -> Case:
+    """The next forward, prepared; the buffers must say what a list cut anew would."""
+    shadow, last = case.grown.shadow, case.plan
+    shadow.append(counts)
+    storage.ensure(shadow.tree.allocator.num_blocks)
+    plan = build_plan(shadow.tree, counts, num_new, last, deterministic=last.deterministic)
+    workspace.prepare(plan, storage)
+    items, tiles = read_buffers(workspace, storage), workspace.tiles
+    check_items(items, workspace.work, shadow, plan, tiles, case.group, case.window)
+    return replace(case, plan=plan)
+
+
 def grow_in_place(case: Case, steps: int) -> Iterator[tuple[Any, Case, KVStorage]]:
     """One token more for each row, again and again; the workspace after each."""
     workspace, storage = make_workspace(case)
     workspace.prepare(case.plan, storage)
-    shadow = case.grown.shadow
-    counts = [1] * len(shadow.rows)
+    counts = [1] * len(case.grown.shadow.rows)
     for _ in range(steps):
-        shadow.append(counts)
-        storage.ensure(shadow.tree.allocator.num_blocks)
-        plan = build_plan(shadow.tree, counts, 1, case.plan, deterministic=case.plan.deterministic)
-        case = replace(case, plan=plan)
-        workspace.prepare(plan, storage)
+        case = step(workspace, case, storage, counts)
         yield workspace, case, storage
 
 
@@ -453,18 +453,8 @@ def test_buffers_that_grow_in_place_say_what_a_list_cut_anew_would(seed: int) ->
     case = make_case(seed, num_new=1, scale=random.Random(seed).choice([2, 12, 40]))
     kept = 0
     last: WorkList | None = None
-    for workspace, now, storage in grow_in_place(case, 2 * case.plan.block_size + 5):
-        items = read_buffers(workspace, storage)
+    for workspace, now, _ in grow_in_place(case, 2 * case.plan.block_size + 5):
         plan = now.plan
-        check_items(
-            items,
-            workspace.work,
-            now.grown.shadow,
-            plan,
-            workspace.tiles,
-            now.group,
-            now.window,
-        )
         ints = workspace._ints
         assert ints["lengths"][: plan.num_rows].tolist() == list(plan.lengths)
         assert not workspace._sync.any() and not workspace._arrived.any()
@@ -476,42 +466,24 @@ def test_buffers_that_grow_in_place_say_what_a_list_cut_anew_would(seed: int) ->
 def test_growth_ends_where_the_room_of_a_list_does() -> None:
     case = replace(make_case(0, num_new=1), window=None)
     lists: list[WorkList] = []
-    for workspace, now, storage in grow_in_place(case, 2 * GROWTH_TOKENS + 70):
-        work, items = workspace.work, read_buffers(workspace, storage)
-        check_items(items, work, now.grown.shadow, now.plan, workspace.tiles, now.group, None)
-        if not lists or lists[-1] is not work:
-            lists.append(work)
+    for workspace, _, _ in grow_in_place(case, 2 * GROWTH_TOKENS + 70):
+        if not lists or lists[-1] is not workspace.work:
+            lists.append(workspace.work)
     assert 2 <= len(lists) <= 4
 
 
 def test_a_forward_without_new_tokens_is_not_taken_for_growth() -> None:
     for seed in range(16):
-        case = make_case(seed, num_new=1)
-        *_, (workspace, now, storage) = grow_in_place(case, 2)
-        shadow, counts = now.grown.shadow, [0] * now.plan.num_rows
-        shadow.append(counts)
-        plan = build_plan(shadow.tree, counts, 1, now.plan, deterministic=now.plan.deterministic)
-        workspace.prepare(plan, storage)
-        items = read_buffers(workspace, storage)
-        tiles = workspace.tiles
-        check_items(items, workspace.work, shadow, plan, tiles, now.group, now.window)
+        *_, (workspace, case, storage) = grow_in_place(make_case(seed, num_new=1), 2)
+        step(workspace, case, storage, [0] * case.plan.num_rows)
 
 
 def test_a_forward_in_which_only_some_rows_grow_is_cut_anew() -> None:
     for seed in range(24):
-        case = make_case(seed, num_new=1)
         rng = random.Random(seed)
-        *_, (workspace, now, storage) = grow_in_place(case, 2)
-        shadow, plan = now.grown.shadow, now.plan
+        *_, (workspace, case, storage) = grow_in_place(make_case(seed, num_new=1), 2)
         for _ in range(4):
-            counts = [rng.randint(0, 1) for _ in shadow.rows]
-            shadow.append(counts)
-            storage.ensure(shadow.tree.allocator.num_blocks)
-            plan = build_plan(shadow.tree, counts, 1, plan, deterministic=plan.deterministic)
-            workspace.prepare(plan, storage)
-            items = read_buffers(workspace, storage)
-            tiles = workspace.tiles
-            check_items(items, workspace.work, shadow, plan, tiles, now.group, now.window)
+            case = step(workspace, case, storage, [rng.randint(0, 1) for _ in case.plan.counts])
 
 
 def test_buffers_follow_forks_and_prunes() -> None:
@@ -519,20 +491,13 @@ def test_buffers_follow_forks_and_prunes() -> None:
         case = make_case(seed, num_new=1)
         rng = random.Random(seed)
         workspace, storage = make_workspace(case)
-        shadow, plan = case.grown.shadow, case.plan
+        shadow = case.grown.shadow
         for _ in range(8):
             chosen = rng.choices(range(len(shadow.rows)), k=rng.randint(1, 9))
             shadow.select(chosen)
             num_new = rng.choice([1, 1, 1, 4])
             counts = [rng.randint(1, num_new) for _ in shadow.rows]
-            shadow.append(counts)
-            storage.ensure(shadow.tree.allocator.num_blocks)
-            deterministic = case.plan.deterministic
-            plan = build_plan(shadow.tree, counts, num_new, plan, deterministic=deterministic)
-            workspace.prepare(plan, storage)
-            items = read_buffers(workspace, storage)
-            tiles = workspace.tiles
-            check_items(items, workspace.work, shadow, plan, tiles, case.group, case.window)
+            case = step(workspace, case, storage, counts, num_new)
 
 
 # Deterministic: cuts of a row are its own.
@@ -606,6 +571,26 @@ def test_a_deterministic_merge_has_the_shape_that_it_has_alone() -> None:
         work = schedule(plan, tiles, group_size=4, num_kv_heads=1, num_sms=132)
         shapes.add((work.merge_rows, work.merge_parts))
     assert len(shapes) == 1, "a sum over other numbers of parts may round in another order"
+
+
+@pytest.mark.parametrize(
+    ("group", "merge_parts", "shape"),
+    [(1, 8, (8, 8)), (7, 8, (8, 8)), (9, 8, (16, 4)), (16, 8, (16, 4)), (16, 2, (16, 1))],
+    ids=["1 head", "7 heads", "9 heads", "16 heads", "16 heads and few parts"],
+)
+@pytest.mark.parametrize("deterministic", [False, True], ids=["free cuts", "fixed cuts"])
+def test_a_merge_of_a_large_group_takes_more_rows_and_fewer_parts(
+    group: int, merge_parts: int, shape: tuple[int, int], deterministic: bool
+) -> None:
+    shadow = ShadowTree(16)
+    shadow.add_rows(1)
+    shadow.append([9000])
+    shadow.append([1])
+    plan = build_plan(shadow.tree, [1], 1, deterministic=deterministic)
+    tiles = Tiles(merge_rows=8, merge_parts=merge_parts, deterministic=deterministic)
+    work = schedule(plan, tiles, group_size=group, num_kv_heads=1, num_sms=132)
+    assert work.num_slots > merge_parts
+    assert (work.merge_rows, work.merge_parts) == shape
 
 
 def test_deterministic_cuts_do_not_depend_on_when_the_tree_last_changed() -> None:

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import itertools
 import random
 
 import pytest
 import torch
 
-from hf_tree_cache.errors import StorageMismatch
+from hf_tree_cache.errors import ScatteredStorage, StorageMismatch
+from hf_tree_cache.memory import storage as storage_module
 from hf_tree_cache.memory.storage import KVSpec, KVStorage, SlabIndex
 
 CPU = torch.device("cpu")
@@ -19,6 +21,8 @@ SPECS = {
     "fp64, one number a key": KVSpec(1, 1, 3, torch.float64, CPU),
 }
 BLOCK_SIZES = [1, 3, 16]
+M_MMAP_THRESHOLD = -3
+"""glibc's: sizes from here on have mappings of their own, smaller ones come from the heap."""
 LAYERS, SLAB_BLOCKS, BLOCKS = 3, 4, 11
 """Eleven blocks in slabs of four: the last of three slabs has a block that is never used."""
 
@@ -184,6 +188,32 @@ def test_one_number_a_block_is_its_address_in_every_layer(spec: KVSpec, block_si
             for block, number in enumerate(numbers.tolist()):
                 found = storage.gather_blocks(layer, block_index(storage, [block]))[which]
                 assert found.data_ptr() == base + number * unit
+
+
+def test_slabs_on_a_cpu_lie_within_reach_of_each_other_wherever_malloc_would_put_them() -> None:
+    malloc_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if malloc_option is None:
+        pytest.skip("only glibc can be told where to allocate")
+    storage = KVStorage(KVSpec(1, 16, 16, torch.bfloat16, CPU), 1, 4, 4096)
+    # From mappings, then from the heap, where malloc ends up by itself as larger ones are freed.
+    for threshold in (128 << 10, 32 << 20):
+        assert malloc_option(M_MMAP_THRESHOLD, threshold)
+        storage.ensure(storage.num_blocks + 1)
+    numbers, _ = storage.block_numbers()
+    assert len(numbers.unique()) == storage.num_blocks == 2 * 4096
+
+
+def test_slabs_out_of_reach_of_block_numbers_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = storage_of(SPECS["fp32, equal dims"], 16)
+    monkeypatch.setattr(storage_module, "MAX_NUMBER", SLAB_BLOCKS)
+    with pytest.raises(ScatteredStorage, match=r"GiB apart on cpu.*backend='torch'"):
+        storage.block_numbers()
+
+
+def test_a_slab_that_no_memory_has_room_for_is_out_of_memory() -> None:
+    storage = KVStorage(SPECS["fp32, equal dims"], 1, 16, 1 << 48)
+    with pytest.raises(MemoryError, match="for a slab"):
+        storage.ensure(1)
 
 
 def slabs(storage: KVStorage) -> list[torch.Tensor]:

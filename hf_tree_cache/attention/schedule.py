@@ -1,26 +1,29 @@
-"""From a tree to the work list of the fused kernel. Ints on the host; launch.py moves them.
+"""From segments to the work list of the fused kernel. Ints on the host; launch.py moves them.
 
-A *segment* is a run of blocks along one path and the queries that read it together, at most one
-tile of them. Segments follow a path through as many nodes as their queries stay together; a query
-that leaves earlier has a limit. Segments are cut into *items* of about equal cost, one program for
-each K/V head, and a query with several items has its parts merged by a merge item.
+Segments (:mod:`.outline`) are cut into *items* of about equal cost, one program for each K/V head,
+and a query with several items has its parts merged by a merge item.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from heapq import heapreplace
-from itertools import accumulate, chain
+from heapq import heapify, heapreplace
 
 import numpy as np
 import numpy.typing as npt
 
-from ..memory.tree import Node
+from .outline import (
+    GROWTH_TOKENS,
+    UNLIMITED,
+    Ints,
+    Longs,
+    Segments,
+    find_segments,
+    fixed_chunk,
+    ramps,
+)
 from .plan import TreeAttentionPlan, Window
 from .tiles import Tiles
-
-Ints = npt.NDArray[np.int32]
-Longs = npt.NDArray[np.int64]
 
 FIELDS = 8
 """Head of a record: kind, place in the list, position of the first token, queries, first slot of
@@ -28,14 +31,6 @@ its parts or -1, tokens that all its queries see. Then follow the queries (row *
 each may see of the item (tokens), and the first block numbers."""
 
 SMALL, LARGE, MERGE = 0, 1, 2
-UNLIMITED = 1 << 30
-"""Limit of a query that sees all up to itself, however far its row grows."""
-
-GROWTH_TOKENS = 256
-"""Tokens that a row may grow by before its work is cut anew."""
-
-FIXED_CHUNK = 512
-"""Tokens of an item when cuts must not depend on the rest of the batch."""
 
 AROUND = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4)
 """What is tried around ``Tiles.waves``, on a model of the GPU."""
@@ -94,24 +89,6 @@ class WorkList:
         return len(self.items)
 
 
-class _Segment:
-    """Blocks that some queries read together, while it is followed down the tree."""
-
-    __slots__ = ("blocks", "members", "start")
-
-    def __init__(self, start: int, blocks: list[int]) -> None:
-        self.start = start
-        self.blocks = blocks
-        self.members: list[tuple[int, int, int]] = []  # first and last query, what they see
-
-    def copy(self) -> _Segment:
-        return _Segment(self.start, list(self.blocks))
-
-
-Group = tuple[_Segment | None, int, int]
-"""A segment in the making, if any, and the range of queries that follow it, in tree order."""
-
-
 def schedule(
     plan: TreeAttentionPlan,
     tiles: Tiles,
@@ -132,352 +109,13 @@ def schedule(
         fixed: merges have the same shape whatever the plan.
         small_tiles: take these instead where nothing is shared by more than a small tile.
     """
-    outline = _Outline(plan, tiles, group_size)
-    outline.walk()
-    segments = _Segments.of(outline, plan, window, tiles)
-    most_queries = np.diff(segments.member_ptr).max(initial=0)
+    segments = find_segments(plan, tiles, group_size=group_size, window=window)
+    most_queries = segments.num_members.max(initial=0)
     if small_tiles is not None and most_queries * group_size <= tiles.m_small:
         tiles = small_tiles
     steps = _chunk_tokens(segments, tiles, group_size, num_sms / num_kv_heads, plan.block_size)
     items = _Items.of(segments, steps, tiles, group_size)
     return _work_list(plan, segments, items, tiles, group_size, fixed)
-
-
-Way = tuple[int | Node, int, int]
-"""Where queries go below a node: a leaf's rank, or an inner child; and which queries."""
-
-
-class _Outline:
-    """Walks the tree once, from the root down, and collects segments.
-
-    Rows are taken in tree order: those under one node are neighbours, a node's own leaves first.
-    Queries are counted in that order. Leaves of one new token that begin a segment of their own,
-    most of a wide tree, are kept apart as ``lone`` ranks, to be handled all at once.
-    """
-
-    def __init__(self, plan: TreeAttentionPlan, tiles: Tiles, group_size: int) -> None:
-        self.plan = plan
-        self.size = plan.block_size
-        self.deterministic = tiles.deterministic
-        self.small_queries = 0 if tiles.deterministic else tiles.m_small // group_size
-        self.large_queries = tiles.m_large // group_size
-        self.large_cost, self.item_cost = tiles.large_cost, tiles.item_cost
-        self.chunk_blocks = _fixed_chunk(self.size) // self.size
-        self.tips = plan.tree.tips()
-        self.rows: list[int] = []
-        self.first_query: list[int] = []  # of each rank, and one more
-        self.segments: list[tuple[_Segment, int]] = []  # and the row whose tail it is, or -1
-        self.lone: list[int] = []
-        self._leaves: dict[Node, list[int]] = {}
-        self._inner: dict[Node, list[Node]] = {}
-        self._ranks: dict[Node, tuple[int, int]] = {}
-        self._groups: dict[Node, list[Group]] = {}
-
-    def walk(self) -> None:
-        self._find_nodes()
-        root = self.plan.tree.root
-        if root not in self._inner:
-            return
-        order = self._number_rows(root)
-        counts = self.plan.counts
-        self.first_query = [0, *accumulate(counts[row] for row in self.rows)]
-        low, high = self._range(root)
-        self._groups[root] = [(None, low, high)]
-        for node in order:
-            self._leave(node, self._enter(node))
-
-    def _find_nodes(self) -> None:
-        """Rows with new tokens that hang on each node, and its inner children that lead to any."""
-        leaves, inner = self._leaves, self._inner
-        for row, (tip, count) in enumerate(zip(self.tips, self.plan.counts, strict=True)):
-            if not count:
-                continue
-            child = tip.parent
-            assert child is not None
-            mine = leaves.get(child)
-            if mine is not None:
-                mine.append(row)
-                continue
-            leaves[child] = [row]
-            if child in inner:
-                continue
-            inner[child] = []
-            parent = child.parent
-            while parent is not None:
-                known = inner.get(parent)
-                if known is not None:
-                    known.append(child)
-                    break
-                inner[parent] = [child]
-                child, parent = parent, parent.parent
-
-    def _number_rows(self, root: Node) -> list[Node]:
-        """Inner nodes, parents first; fills ``rows`` and the ranks below each."""
-        order, firsts, stack = [], [], [root]
-        while stack:
-            node = stack.pop()
-            order.append(node)
-            firsts.append(len(self.rows))
-            self.rows += self._leaves.get(node, ())
-            stack.extend(reversed(self._inner[node]))
-        for node, first in zip(reversed(order), reversed(firsts), strict=True):
-            inner = self._inner[node]
-            last = self._ranks[inner[-1]][1] if inner else first + len(self._leaves[node])
-            self._ranks[node] = first, last
-        return order
-
-    def _range(self, node: Node) -> tuple[int, int]:
-        first, last = self._ranks[node]
-        return self.first_query[first], self.first_query[last]
-
-    def _cost(self, num_queries: int) -> float:
-        return 1.0 if num_queries <= self.small_queries else self.large_cost
-
-    def _enter(self, node: Node) -> list[Group]:
-        """The groups that read ``node``, each with the node's whole blocks in its segment."""
-        groups = self._groups.pop(node)
-        fresh = self._pack(*self._ranks[node])
-        if len(groups) > len(fresh) or groups[0][2] - groups[0][1] > self.large_queries:
-            rest = None
-            for segment, a, b in groups:
-                rest = segment and self._close(segment, a, b)
-            groups = [(rest and rest.copy(), a, b) for a, b in fresh]
-        first = node.start // self.size
-        blocks = node.blocks[: node.end // self.size - first]
-        if not blocks:
-            return groups
-        entered: list[Group] = []
-        for segment, a, b in groups:
-            segment = segment or _Segment(first * self.size, [])
-            segment.blocks += blocks
-            entered.append((segment, a, b))
-        return entered
-
-    def _pack(self, first: int, last: int) -> list[tuple[int, int]]:
-        """Ranges of queries of at most one large tile; a row is cut only if it must be."""
-        most, at = self.large_queries, self.first_query
-        begin, end = at[first], at[last]
-        if end - begin == last - first:
-            return [(a, min(a + most, end)) for a in range(begin, end, most)]
-        ranges = []
-        for rank in range(first, last):
-            if at[rank + 1] - begin > most:
-                if at[rank] > begin:
-                    ranges.append((begin, at[rank]))
-                    begin = at[rank]
-                while at[rank + 1] - begin > most:
-                    ranges.append((begin, begin + most))
-                    begin += most
-        return [*ranges, (begin, end)]
-
-    def _leave(self, node: Node, groups: list[Group]) -> None:
-        """Hand the groups on to what hangs on ``node``."""
-        rank = self._ranks[node][0]
-        leaves = range(rank, rank + len(self._leaves.get(node, ())))
-        at, inner = self.first_query, self._inner[node]
-        lone_end = at[leaves.stop] if at[leaves.stop] - at[rank] == len(leaves) else at[rank]
-        ways: list[Way] = []
-        if lone_end == at[rank]:
-            ways += [(leaf, at[leaf], at[leaf + 1]) for leaf in leaves]
-        ways += [(child, *self._range(child)) for child in inner]
-        way = 0
-        for segment, a, b in groups:
-            lone = range(a, min(b, lone_end))
-            parts: list[Way] = []
-            while way < len(ways) and ways[way][1] < b:
-                target, begin, end = ways[way]
-                parts.append((target, max(a, begin), min(b, end)))
-                if end > b:
-                    break
-                way += 1
-            self._part(
-                segment,
-                a,
-                b,
-                parts,
-                range(rank + a - at[rank], rank + lone.stop - at[rank]) if lone else range(0),
-            )
-
-    def _part(
-        self, segment: _Segment | None, a: int, b: int, parts: list[Way], lone: range
-    ) -> None:
-        """Where the queries of one group go different ways, decide what becomes of its segment.
-
-        Args:
-            a, b: the queries.
-            parts: where they go.
-            lone: ranks of leaves of one query, the first ones from ``a`` on.
-        """
-        num_parts = len(parts) + len(lone)
-        if segment is None:
-            self._hand_all(parts, lone, None)
-            return
-        if num_parts == 1:
-            for target, _, _ in parts or [(lone[0], a, b)]:
-                self._hand(target, segment, a, b)
-            return
-        own, tokens = self._cost(b - a), len(segment.blocks) * self.size
-        rest: _Segment | None = None
-        if not self.deterministic:
-            best = max(parts, key=lambda part: part[2] - part[1], default=None)
-            if best is None:
-                best, lone = (lone[0], a, a + 1), lone[1:]
-            if self._cost(best[2] - best[1]) == own:
-                # Going on with most of them costs no more than ending here: no new item.
-                others = [part for part in parts if part is not best]
-                segment.members += [(low, high, tokens) for _, low, high in others]
-                if lone:
-                    first = self.first_query[lone[0]]
-                    segment.members.append((first, first + len(lone), tokens))
-                self._hand_all(others, lone, None)
-                self._hand(best[0], segment, best[1], best[2])
-                return
-            if best not in parts:
-                lone = range(lone.start - 1, lone.stop)
-            extra = sum(self._cost(high - low) for _, low, high in parts) + len(lone) - own
-            if not segment.members and extra * tokens < self.item_cost * own:
-                rest = segment
-        if rest is None:
-            rest = self._close(segment, a, b)
-        self._hand_all(parts, lone, rest)
-
-    def _hand_all(self, parts: list[Way], lone: range, segment: _Segment | None) -> None:
-        for target, a, b in parts:
-            self._hand(target, segment and segment.copy(), a, b)
-        if segment is None:
-            self.lone += lone
-            return
-        for rank in lone:
-            a = self.first_query[rank]
-            self._hand(rank, segment.copy(), a, a + 1)
-
-    def _hand(self, target: int | Node, segment: _Segment | None, a: int, b: int) -> None:
-        if isinstance(target, Node):
-            self._groups.setdefault(target, []).append((segment, a, b))
-        elif segment is None and self.plan.counts[self.rows[target]] == 1:
-            self.lone.append(target)
-        else:
-            row = self.rows[target]
-            tip = self.tips[row]
-            segment = segment or _Segment(tip.start // self.size * self.size, [])
-            segment.blocks += tip.blocks
-            segment.members.append((a, b, UNLIMITED))
-            self.segments.append((segment, row))
-
-    def _close(self, segment: _Segment, a: int, b: int) -> _Segment | None:
-        """End a segment; what a fixed chunk leaves over, if anything."""
-        rest = None
-        if self.deterministic:
-            whole = len(segment.blocks) // self.chunk_blocks * self.chunk_blocks
-            if whole < len(segment.blocks):
-                rest = _Segment(segment.start + whole * self.size, segment.blocks[whole:])
-                del segment.blocks[whole:]
-        if segment.blocks:
-            segment.members.append((a, b, len(segment.blocks) * self.size))
-            self.segments.append((segment, -1))
-        return rest
-
-
-@dataclass(frozen=True, slots=True)
-class _Segments:
-    """All segments as arrays.
-
-    Attributes:
-        blocks: block ids, segment after segment, tails with room to grow.
-        first_block: where each segment's begin.
-        begin, tokens: position of the first token, and how many there are.
-        skipped: tokens at the front that no query's window reaches.
-        row: whose tail it is, or -1.
-        member_ptr: where each segment's members begin.
-        member_query: row * T + column.
-        member_limit: tokens of the segment that the member sees at most.
-        member_own: tokens of the segment up to the member's own, now.
-        member_lower: tokens of the segment before the member's window.
-    """
-
-    blocks: Longs
-    first_block: Longs
-    begin: Longs
-    tokens: Longs
-    skipped: Longs
-    row: Longs
-    member_ptr: Longs
-    member_query: Longs
-    member_limit: Longs
-    member_own: Longs
-    member_lower: Longs
-
-    @classmethod
-    def of(
-        cls, outline: _Outline, plan: TreeAttentionPlan, window: Window | None, tiles: Tiles
-    ) -> _Segments:
-        size, num_new = plan.block_size, plan.num_new
-        lengths = np.array(plan.lengths, np.int64)
-        room = -(-GROWTH_TOKENS // size)
-
-        # Queries in tree order.
-        rows = np.array(outline.rows, np.int64)
-        first_query = np.array(outline.first_query or [0], np.int64)
-        counts = np.diff(first_query)
-        query_row = np.repeat(rows, counts)
-        back = np.repeat(first_query[1:], counts) - np.arange(len(query_row))
-        query = query_row * num_new + num_new - back
-        position = lengths[query_row] - back
-
-        lone_ranks = np.array(outline.lone, np.int64)
-        lone_rows = rows[lone_ranks]
-        tips = [outline.tips[row] for row in lone_rows.tolist()]
-        row_of = np.array([row for _, row in outline.segments], np.int64)
-        row_of = np.concatenate([row_of, lone_rows])
-        begin = np.array(
-            [segment.start for segment, _ in outline.segments]
-            + [tip.start // size * size for tip in tips],
-            np.int64,
-        )
-        lists = [segment.blocks for segment, _ in outline.segments] + [tip.blocks for tip in tips]
-        num_blocks = np.fromiter(map(len, lists), np.int64, len(lists))
-        places = num_blocks + np.where(row_of >= 0, room, 0)
-        first_block = np.cumsum(places) - places
-        blocks = np.zeros(places.sum(), np.int64)
-        blocks[_ramps(num_blocks) + np.repeat(first_block, num_blocks)] = np.fromiter(
-            chain.from_iterable(lists), np.int64, num_blocks.sum()
-        )
-        tokens = np.array([len(s.blocks) * size for s, _ in outline.segments], np.int64)
-        tokens = np.concatenate([tokens, np.zeros(len(tips), np.int64)])
-        is_tail = row_of >= 0
-        tokens[is_tail] = lengths[row_of[is_tail]] - begin[is_tail]
-
-        # Members, ranges of queries expanded.
-        ranges = [
-            (a, b, limit) for segment, _ in outline.segments for a, b, limit in segment.members
-        ]
-        spans = np.array(ranges, np.int64).reshape(-1, 3)
-        widths = spans[:, 1] - spans[:, 0]
-        shared = _ramps(widths) + np.repeat(spans[:, 0], widths)
-        lone = first_query[lone_ranks]
-        member = np.concatenate([shared, lone])
-        limit = np.concatenate([np.repeat(spans[:, 2], widths), np.full(len(lone), UNLIMITED)])
-        per_segment = np.array([len(s.members) for s, _ in outline.segments], np.int64)
-        num_members = (
-            np.add.reduceat(np.append(widths, 0), np.cumsum(per_segment) - per_segment)
-            if len(per_segment)
-            else per_segment
-        )
-        num_members = np.concatenate([num_members, np.ones(len(lone), np.int64)])
-        member_ptr = np.concatenate([[0], np.cumsum(num_members)])
-        member_begin = np.repeat(begin, num_members)
-        own = position[member] + 1 - member_begin
-        lower = np.zeros_like(own)
-        skipped = np.zeros_like(tokens)
-        if window is not None:
-            lower = window.first_visible(position[member]) - member_begin
-            nearest = np.minimum.reduceat(lower, member_ptr[:-1]) if len(member) else lower
-            unit = _fixed_chunk(size) if tiles.deterministic else size
-            skipped = np.minimum(np.maximum(nearest, 0) // unit * unit, tokens)
-        return cls(
-            blocks, first_block, begin, tokens, skipped,
-            row_of, member_ptr, query[member], limit, own, lower,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -491,7 +129,7 @@ class _Items:
         grows: whether it ends where its row does.
         cost: in tokens of the small class.
         large: whether it is of the large class.
-        member_ptr: where each item's members begin.
+        first_member, num_members: which of the members below are each item's.
         query, limit, full: of the members: row * T + column; tokens of the item that it sees at
             most; and that it sees now.
     """
@@ -502,26 +140,27 @@ class _Items:
     grows: npt.NDArray[np.bool_]
     cost: npt.NDArray[np.float64]
     large: npt.NDArray[np.bool_]
-    member_ptr: Longs
+    first_member: Longs
+    num_members: Longs
     query: Longs
     limit: Longs
     full: Longs
 
     @classmethod
-    def of(cls, segments: _Segments, steps: Longs, tiles: Tiles, group_size: int) -> _Items:
+    def of(cls, segments: Segments, steps: Longs, tiles: Tiles, group_size: int) -> _Items:
         """Cut each segment every ``steps`` tokens."""
         left = segments.tokens - segments.skipped
         pieces = -(-left // steps)
         segment = np.repeat(np.arange(len(left)), pieces)
-        piece = _ramps(pieces)
+        piece = ramps(pieces)
         offset = segments.skipped[segment] + piece * steps[segment]
         last = piece == pieces[segment] - 1
         end = np.where(last, segments.tokens[segment], offset + steps[segment])
 
         # Every member of the segment, then only those that see any of the item.
-        widths = np.diff(segments.member_ptr)[segment]
+        widths = segments.num_members[segment]
         item = np.repeat(np.arange(len(segment)), widths)
-        member = _ramps(widths) + np.repeat(segments.member_ptr[segment], widths)
+        member = ramps(widths) + np.repeat(segments.first_member[segment], widths)
         sees = segments.member_limit[member] > offset[item]
         sees &= segments.member_own[member] > offset[item]
         sees &= segments.member_lower[member] < end[item]
@@ -542,37 +181,44 @@ class _Items:
         if not kept.all():
             segment, offset, stretch, grows = (x[kept] for x in (segment, offset, stretch, grows))
             cost, large, num_members = cost[kept], large[kept], num_members[kept]
-        member_ptr = np.concatenate([[0], np.cumsum(num_members)])
         return cls(
-            segment, offset, stretch, grows, cost, large, member_ptr,
-            segments.member_query[member], limit, full,
-        )  # fmt: skip
+            segment=segment,
+            offset=offset,
+            tokens=stretch,
+            grows=grows,
+            cost=cost,
+            large=large,
+            first_member=np.cumsum(num_members) - num_members,
+            num_members=num_members,
+            query=segments.member_query[member],
+            limit=limit,
+            full=full,
+        )
 
 
 def _chunk_tokens(
-    segments: _Segments, tiles: Tiles, group_size: int, sms_per_head: float, size: int
+    segments: Segments, tiles: Tiles, group_size: int, sms_per_head: float, size: int
 ) -> Longs:
     """Tokens of each segment's items: so many that they end together, as far as can be known."""
     left = segments.tokens - segments.skipped
     if tiles.deterministic:
-        return np.full(len(left), _fixed_chunk(size), np.int64)
+        return np.full(len(left), fixed_chunk(size), np.int64)
     quantum = max(tiles.kv_small, tiles.kv_large, size)
-    large = np.diff(segments.member_ptr) * group_size > tiles.m_small
+    large = segments.num_members * group_size > tiles.m_small
     rate = np.where(large, tiles.large_cost, 1.0)
     room = tiles.programs_per_sm * sms_per_head
     wave = float((rate * (left + tiles.item_cost)).sum()) / room
     most = np.maximum(left // tiles.min_chunk, 1)
 
-    def cut(waves: float) -> Longs:
-        pieces = (left * rate * waves / max(wave, 1.0) + 0.5).astype(np.int64)
-        return (-(-left // (pieces.clip(1, most) * quantum))).clip(1) * quantum
+    def cut(waves: npt.NDArray[np.float64]) -> Longs:
+        pieces = (left * rate * waves[:, None] / max(wave, 1.0) + 0.5).astype(np.int64)
+        pieces = np.minimum(np.maximum(pieces, 1), most)
+        return np.maximum(-(-left // (pieces * quantum)), 1) * quantum
 
-    best = cut(tiles.waves)
+    (best,) = cut(np.array([tiles.waves]))
     # Where work is split at all, a few more or fewer pieces decide whether the last ones run alone.
     if (best < left).any() and len(left) <= MOST_SIMULATED:
-        cuts = {
-            tuple(steps.tolist()): steps for steps in map(cut, (tiles.waves * x for x in AROUND))
-        }
+        cuts = {steps.tobytes(): steps for steps in cut(tiles.waves * np.array(AROUND))}
         ends = {
             key: _makespan(left, steps, rate, large, tiles.item_cost, int(room))
             for key, steps in cuts.items()
@@ -595,18 +241,18 @@ def _makespan(
     pieces = -(-left // steps)
     costs = np.repeat(rate * (np.minimum(steps, left) + item_cost), pieces)
     order = np.lexsort((-costs, ~np.repeat(large, pieces)))
-    ends = [0.0] * max(1, room)
-    last = 0.0
-    for cost in costs[order].tolist():
-        end = ends[0] + cost
-        heapreplace(ends, end)
-        last = max(last, end)
-    return last
+    in_order = costs[order].tolist()
+    room = max(1, room)
+    ends = in_order[:room]
+    heapify(ends)
+    for cost in in_order[room:]:
+        heapreplace(ends, ends[0] + cost)
+    return max(ends, default=0.0)
 
 
 def _work_list(
     plan: TreeAttentionPlan,
-    segments: _Segments,
+    segments: Segments,
     items: _Items,
     tiles: Tiles,
     group_size: int,
@@ -616,9 +262,9 @@ def _work_list(
     size, num_queries = plan.block_size, plan.num_rows * plan.num_new
     # The longest first, those of the large class before all others.
     order = np.lexsort((-items.cost, ~items.large))
-    counts = np.diff(items.member_ptr)[order]
-    member = _ramps(counts) + np.repeat(items.member_ptr[:-1][order], counts)
-    query, place = items.query[member], _ramps(counts)
+    counts = items.num_members[order]
+    member = ramps(counts) + np.repeat(items.first_member[order], counts)
+    query, place = items.query[member], ramps(counts)
     item = np.repeat(np.arange(len(order)), counts)
     segment, offset = items.segment[order], items.offset[order]
 
@@ -641,7 +287,9 @@ def _work_list(
     adapts = not (fixed or tiles.deterministic)
     if adapts and 2 * num_parts.max(initial=0) <= merge_parts:
         merge_rows, merge_parts = 2 * merge_rows, merge_parts // 2
-    merge_rows = max(merge_rows, 1 << (group_size - 1).bit_length())
+    # A query's heads are merged together; what is loaded at a time stays as much.
+    while merge_rows < group_size:
+        merge_rows, merge_parts = 2 * merge_rows, max(1, merge_parts // 2)
     merges = _tiled(np.flatnonzero(num_parts), merge_rows // group_size)
     num_work = len(order) + len(blanks)
     records = np.zeros((num_work + len(merges), FIELDS + 2 * width), np.int32)
@@ -680,7 +328,7 @@ def _work_list(
         # Lists have whole blocks, and GROWTH_TOKENS beyond them; fixed chunks end where they must.
         tail_room[row] = begin - (-segments.tokens[tails] // size) * size + GROWTH_TOKENS
         if tiles.deterministic:
-            chunk = _fixed_chunk(size)
+            chunk = fixed_chunk(size)
             tail_room[row] = np.minimum(
                 tail_room[row], begin - (-segments.tokens[tails] // chunk) * chunk
             )
@@ -688,7 +336,7 @@ def _work_list(
         items=records,
         tokens=tokens,
         grows=grows,
-        blocks=np.concatenate([segments.blocks, np.zeros(LIST_PADDING, np.int64)]).astype(np.int32),
+        blocks=np.concatenate([segments.blocks, np.zeros(LIST_PADDING, np.int32)]),
         part_ptr=np.concatenate([[0], np.cumsum(num_parts)]).astype(np.int32),
         part_slots=part_slots.astype(np.int32),
         tiles=tiles,
@@ -701,17 +349,6 @@ def _work_list(
         tail_base=tail_base,
         tail_room=tail_room,
     )
-
-
-def _fixed_chunk(block_size: int) -> int:
-    """FIXED_CHUNK in whole blocks, in tokens."""
-    return -(-FIXED_CHUNK // block_size) * block_size
-
-
-def _ramps(widths: Longs) -> Longs:
-    """0 .. w - 1 for each of ``widths``, one after the other."""
-    ends = np.cumsum(widths)
-    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - widths, widths)
 
 
 def _tiled(values: Longs, width: int) -> Longs:

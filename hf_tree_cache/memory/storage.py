@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import mmap
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ..errors import StorageMismatch
+from ..errors import ScatteredStorage, StorageMismatch
+
+MAX_NUMBER = 1 << 30
+"""Distance between blocks, in blocks, up to which the kernel's int32 arithmetic holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +262,9 @@ class KVStorage:
         Returns:
             int32 ``[num_blocks]`` on the CPU, for K and for V (equal where the head dims are). The
             address of block b of layer l is ``first_planes(l) + numbers[b] * block bytes``.
+
+        Raises:
+            ScatteredStorage: slabs lie too far apart for such numbers.
         """
         if self._numbers is None or len(self._numbers[0]) != self.num_blocks:
             inside = torch.arange(self.slab_blocks, dtype=torch.int64)
@@ -264,7 +272,14 @@ class KVStorage:
             for slabs in (self._k_slabs, self._v_slabs):
                 unit = slabs[0].stride(1) * self.block_size * self.spec.dtype.itemsize
                 steps = [(slab.data_ptr() - slabs[0].data_ptr()) // unit for slab in slabs]
-                assert max(map(abs, steps)) < 1 << 30, "slabs lie too far apart for int32 numbers"
+                furthest = max(map(abs, steps))
+                if furthest >= MAX_NUMBER:
+                    raise ScatteredStorage(
+                        f"Slabs of this cache lie {furthest * unit >> 30} GiB apart on "
+                        f"{self.spec.device}. The fused kernel reaches {MAX_NUMBER * unit >> 30} "
+                        f"GiB with blocks of {unit} bytes. Use TreeCache(backend='torch'), or a "
+                        "larger block_size."
+                    )
                 numbers.append(torch.cat([inside + step for step in steps]).to(torch.int32))
             self._numbers = numbers[0], numbers[1]
         return self._numbers
@@ -279,7 +294,7 @@ class KVStorage:
         layer = slots * (k_row + v_row)
         unit = math.lcm(k_row, v_row) * self.block_size
         size = self.num_layers * layer
-        flat = torch.empty(size + unit, dtype=spec.dtype, device=spec.device)
+        flat = _allocate(size + unit, spec)
         offset = 0
         if self._k_slabs:
             distance = (flat.data_ptr() - self._k_slabs[0].data_ptr()) // spec.dtype.itemsize
@@ -309,3 +324,21 @@ class KVStorage:
             assert where is not None
             out.index_copy_(0, where, slabs[slab][layer].index_select(0, local))
         return out
+
+
+def _allocate(count: int, spec: KVSpec) -> torch.Tensor:
+    """``count`` uninitialised elements.
+
+    On a CPU in a mapping of their own: malloc serves some slabs from the heap and others from
+    mappings, terabytes away, where block numbers do not reach.
+    """
+    if spec.device.type != "cpu":
+        return torch.empty(count, dtype=spec.dtype, device=spec.device)
+    # Shared mappings, the default, would let forked processes write to each other's K/V.
+    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
+    size = count * spec.dtype.itemsize
+    try:
+        memory = mmap.mmap(-1, size, **flags)
+    except OSError as error:
+        raise MemoryError(f"no {size} bytes for a slab: {error}") from error
+    return torch.frombuffer(memory, dtype=spec.dtype)
