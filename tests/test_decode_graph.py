@@ -364,3 +364,18 @@ def test_device_memory_stays_flat_over_many_runs():
             gc.collect()
             used.append(torch.cuda.memory_allocated())
     assert used[-1] <= max(used[5:10])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "qwen3"])
+def test_compiled_layers_give_the_same(name):
+    model, inputs = on_gpu(name)
+    theirs = run(model, inputs, do_sample=False)
+    with enable_tree_attention(model, cuda_graphs=True, compile=True) as handle:
+        for mode in ({"do_sample": False}, {"do_sample": False, "num_return_sequences": 1}):
+            cache = TreeCache(poison=True, block_size=4)
+            ours = run(model, inputs, past_key_values=cache, **mode)
+            cache.check_integrity()
+            assert difference(ours, theirs) < 1e-4
+        assert handle.graphs.captured > 0 and not handle.graphs.eager, handle.graphs
+    assert not any("forward" in vars(module) for module in model.modules())
