@@ -36,6 +36,14 @@ MASK = (PROMPTS != 0).long()
 SETTINGS = {"attention_mask": MASK, "pad_token_id": 0, "custom_generate": tree_generate}
 
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["in step", "ahead"])
+def runs_ahead(request, monkeypatch):
+    """On a GPU the next step begins before the last one is booked; here both ways are tested."""
+    if request.param:
+        monkeypatch.setattr("hf_tree_cache.generation.loop.AHEAD_ON", ("cuda", "cpu"))
+    return request.param
+
+
 class Record(BranchingProcessor):
     """Keeps the model's logits of every branch, and what it was told."""
 

@@ -104,11 +104,8 @@ class LiveBatch:
         self.logprobs = [self.logprobs[row] for row in rows]
         self.branches = [int(branch) for branch in self._cache.rows]
 
-    def append(
-        self, ids: torch.Tensor, tokens: list[int], logprobs: list[float], tree: GenerationTree
-    ) -> None:
-        """Take ``ids [R, L + 1]`` over, whose last column is ``tokens``, and record it."""
-        self.input_ids = ids
+    def note(self, tokens: list[int], logprobs: list[float], tree: GenerationTree) -> None:
+        """Book the tokens that each row got last."""
         self.last_logprobs = logprobs
         for row, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
             tree.append(self.nodes[row], token, logprob)

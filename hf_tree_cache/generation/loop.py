@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from ..errors import InvalidArgument, NonFiniteScores
+from ..errors import InvalidArgument, NonFiniteScores, OutOfBlocks
 from ..integration.cache import TreeCache
 from .batch import LiveBatch
 from .decide import NextRows, decide
@@ -26,6 +26,9 @@ from .output import BranchEvent, TreeGenerateOutput, TreeGenerateStats
 from .processors import BranchBatch, BranchingProcessor
 from .record import GenerationTree
 from .sampling import choose_tokens
+
+AHEAD_ON = ("cuda",)
+"""Devices that work while the host does: there a step begins before the last one is booked."""
 
 
 def tree_generate(
@@ -118,6 +121,22 @@ def _tree_cache(model: PreTrainedModel, model_kwargs: dict[str, Any]) -> TreeCac
     return inner
 
 
+class _Drawn:
+    """Numbers on their way to the host: a table of float64, which holds token ids exactly."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        self._event = torch.cuda.Event() if table.is_cuda else None
+        self._table = table.to("cpu", non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+
+    def read(self) -> list[list[float]]:
+        """The rows of the table. Waits for them, not for what runs after them."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._table.tolist()
+
+
 @dataclass
 class _Run:
     """One call of :func:`tree_generate`."""
@@ -156,12 +175,12 @@ class _Run:
                         bar.set_postfix(branches=len(batch), finished=len(self.finished))
                         bar.update(self.stats.steps - bar.n)
         except KeyboardInterrupt:
-            self.cache.rollback()
+            self._step_back(num_prompt)
             for node, branch in zip(batch.nodes, batch.branches, strict=False):
                 self.tree.finish(node, "interrupted")
                 self.finished.append((node, branch, "interrupted"))
         except BaseException:
-            self.cache.rollback()
+            self._step_back(num_prompt)
             raise
         self.stats.seconds = time.perf_counter() - started
         after = self.cache.stats()
@@ -196,10 +215,15 @@ class _Run:
                 distinct = []
             if not len(batch):
                 return
-            yield from self._advance(batch, logits, scores, distinct)
-            if not len(batch):
+            drawn = self._draw(batch, logits, scores, distinct)
+            ahead = self._run_ahead(batch)
+            left = yield from self._record(batch, drawn)
+            if not left:
                 return
-            logits = batch.forward(self.model)
+            if ahead is None:
+                logits = batch.forward(self.model)
+            else:
+                logits = ahead if len(left) == len(ahead) else ahead[left]
 
     def _view(self, batch: LiveBatch) -> BranchBatch:
         return BranchBatch(
@@ -229,37 +253,63 @@ class _Run:
                 processor.on_fork(branch, made)
             yield BranchEvent("fork", branch, self.stats.steps, children=made, reason=reason)
 
-    def _advance(
+    def _draw(
         self,
         batch: LiveBatch,
         logits: torch.Tensor,
         scores: torch.Tensor,
         distinct: list[list[int]],
-    ) -> Iterator[BranchEvent]:
-        """Draw and append the next tokens, and let finished branches go. One synchronisation."""
-        best = scores.amax(-1)
-        broken = ~best.isfinite()
-        safe = scores.masked_fill(broken[:, None], 0)
-        tokens = choose_tokens(safe, self.config.do_sample, distinct)
-        logprobs = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
-        ids = torch.cat([batch.input_ids, tokens[:, None]], 1)
-        done = self.stopping_criteria(ids, scores)
-        done = torch.as_tensor(done, device=ids.device).expand(len(batch))
-        table = torch.stack([tokens, broken, done]).tolist()
-        if any(table[1]):
+    ) -> _Drawn:
+        """Draw and append the next tokens, on the device; the host need not wait for them."""
+        tokens = choose_tokens(scores, self.config.do_sample, distinct)
+        broken = ~scores.amax(-1).isfinite()
+        logprobs = logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(-1)
+        batch.input_ids = torch.cat([batch.input_ids, tokens[:, None]], 1)
+        done = self.stopping_criteria(batch.input_ids, scores)
+        done = torch.as_tensor(done, device=tokens.device).expand(len(batch))
+        return _Drawn(torch.stack([x.double() for x in (tokens, broken, done, logprobs)]))
+
+    def _run_ahead(self, batch: LiveBatch) -> torch.Tensor | None:
+        """Run the next step before the host knows what was drawn, so that the GPU never waits.
+
+        Rows that turn out to be finished were computed in vain, and leave after it.
+        """
+        limit = self.config.max_length
+        if limit and batch.input_ids.shape[1] >= limit:
+            return None
+        if batch.input_ids.device.type not in AHEAD_ON or self.keep_branches:
+            return None
+        if self.cache.has_states:
+            return None
+        try:
+            return batch.forward(self.model)
+        except OutOfBlocks:  # finished rows may still make room
+            return None
+
+    def _step_back(self, num_prompt: int) -> None:
+        """Leave in the cache what ``generate`` leaves: all booked tokens but the last."""
+        self.cache.rollback()
+        excess = self.cache.get_seq_length() - (num_prompt + self.stats.steps - 1)
+        if excess > 0 and not self.cache.has_states:
+            self.cache.crop(-excess)
+
+    def _record(self, batch: LiveBatch, drawn: _Drawn) -> Generator[BranchEvent, None, list[int]]:
+        """Wait for what was drawn, book it, and let finished rows go; which rows are left."""
+        tokens, broken, done, logprobs = drawn.read()
+        if any(broken):
             raise NonFiniteScores(
-                f"Branch {batch.branches[table[1].index(1)]} has scores with NaN, +inf or nothing "
+                f"Branch {batch.branches[broken.index(1)]} has scores with NaN, +inf or nothing "
                 "but -inf. A processor masked every token, or the model overflowed (try bfloat16 "
                 "or float32)."
             )
-        batch.append(ids, table[0], logprobs.tolist(), self.tree)
+        batch.note([int(token) for token in tokens], logprobs, self.tree)
         self.stats.steps += 1
-        for branch, token, logprob in zip(
-            batch.branches, table[0], batch.last_logprobs, strict=True
-        ):
-            yield BranchEvent("token", branch, self.stats.steps, token=token, logprob=logprob)
-        if any(table[2]):
-            yield from self._finish([row for row, over in enumerate(table[2]) if over], batch)
+        for branch, token, logprob in zip(batch.branches, tokens, logprobs, strict=True):
+            yield BranchEvent("token", branch, self.stats.steps, token=int(token), logprob=logprob)
+        rows = [row for row, over in enumerate(done) if over]
+        if rows:
+            yield from self._finish(rows, batch)
+        return [row for row, over in enumerate(done) if not over]
 
     def _finish(self, rows: list[int], batch: LiveBatch) -> Iterator[BranchEvent]:
         gone = set(rows)

@@ -7,6 +7,15 @@ from collections.abc import Sequence
 import torch
 
 
+def draw(probs: torch.Tensor) -> torch.Tensor:
+    """One sample of each row of ``probs [R, V]``: what ``torch.multinomial(probs, 1)`` draws.
+
+    A row with NaN gives some token, where multinomial would stop the device.
+    """
+    # The largest of p / Exp(1) is a sample (the exponential race, as good as Gumbel's).
+    return (probs / torch.empty_like(probs).exponential_()).argmax(-1)
+
+
 def choose_tokens(
     scores: torch.Tensor, do_sample: bool, distinct: Sequence[Sequence[int]] = ()
 ) -> torch.Tensor:
@@ -25,7 +34,7 @@ def choose_tokens(
         ``[R]`` int64.
     """
     probs = scores.softmax(-1) if do_sample else None
-    tokens = scores.argmax(-1) if probs is None else torch.multinomial(probs, 1).squeeze(1)
+    tokens = scores.argmax(-1) if probs is None else draw(probs)
     for group in distinct:
         count = min(len(group), scores.shape[1])
         if probs is None:

@@ -262,6 +262,11 @@ class TreeCache(Cache):
         return self._step
 
     @property
+    def has_states(self) -> bool:
+        """Whether there are linear-attention states, which cannot go back by a token."""
+        return OtherLayers(self.layers).has_state
+
+    @property
     def storages(self) -> list[KVStorage]:
         """Where K/V are, one for each kind of layer."""
         return self._pool.storages
