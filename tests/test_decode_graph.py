@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import build, prompts
+from torch import nn
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from hf_tree_cache import (
@@ -29,6 +30,7 @@ from hf_tree_cache import (
     tree_generate,
 )
 from hf_tree_cache.integration.fingerprint import find_hook, fingerprint
+from hf_tree_cache.integration.joined import JoinedLinears
 from hf_tree_cache.integration.op_record import OpRecord, first_difference
 
 
@@ -119,6 +121,44 @@ def test_the_same_path_in_the_interpreter():
         [sys.executable, script], env=environment, capture_output=True, text=True, timeout=250
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_joined_linears_compute_the_same_and_are_given_back():
+    torch.manual_seed(0)
+    layer = build("qwen2").model.layers[0]
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    x, other = torch.randn(3, 1, 32), torch.randn(3, 1, 32)
+    attention = layer.self_attn
+    names = ("q_proj", "k_proj", "v_proj")
+    expected = [getattr(attention, name)(x) for name in names]
+    joined = JoinedLinears([layer])
+    assert len(joined) == 2 and joined.intact
+    storages = {getattr(attention, name).weight.untyped_storage().data_ptr() for name in names}
+    assert len(storages) == 1
+    with joined.together():
+        for name, value in zip(names, expected, strict=True):
+            assert (getattr(attention, name)(x) - value).abs().max() < 1e-6
+        changed = attention.k_proj(other)
+        assert (
+            (changed - nn.functional.linear(other, state["self_attn.k_proj.weight"]))
+            .isfinite()
+            .all()
+        )
+        assert (attention.k_proj(x) - expected[1]).abs().max() < 1e-6
+    assert type(attention.q_proj) is nn.Linear and "shared" not in vars(attention.q_proj)
+    attention.v_proj.weight = nn.Parameter(attention.v_proj.weight.detach().clone())
+    assert not joined.intact
+    joined.release()
+    storages = {getattr(attention, name).weight.untyped_storage().data_ptr() for name in names}
+    assert len(storages) == 3
+    assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+
+
+def test_what_cannot_be_joined_stays_apart():
+    layer = build("llama").model.layers[0]
+    layer.self_attn.q_proj.register_forward_hook(lambda *_: None)
+    layer.mlp.up_proj = nn.Sequential(layer.mlp.up_proj)
+    assert len(JoinedLinears([layer])) == 0
 
 
 def on_gpu(name, dtype=torch.float32):
@@ -379,3 +419,4 @@ def test_compiled_layers_give_the_same(name):
             assert difference(ours, theirs) < 1e-4
         assert handle.graphs.captured > 0 and not handle.graphs.eager, handle.graphs
     assert not any("forward" in vars(module) for module in model.modules())
+    assert difference(run(model, inputs, do_sample=False), theirs) == 0

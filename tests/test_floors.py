@@ -35,6 +35,7 @@ FLOORS = {
     "integration.step": 5,
     "integration.op_record": 5,
     "integration.fingerprint": 5,
+    "integration.joined": 5,
     "integration.layers": 5,
     "generation.record": 5,
     "attention.launch": 6,

@@ -178,6 +178,14 @@ class DecodeGraphs:
         self._stream: torch.cuda.Stream | None = None
         self._devices = ("cuda", "cpu") if knobs.runtime.interpret else ("cuda",)
 
+    def close(self) -> None:
+        """Drop all graphs, and leave the model as it was found."""
+        self._kinds.clear()
+        self._programs.clear()
+        if self._compiled is not None:
+            self._compiled.release()
+            self._compiled = None
+
     def run(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """The output of a decode step; None if ``forward`` must be called as ever."""
         cache: Any = kwargs.get("past_key_values")
@@ -269,6 +277,8 @@ class DecodeGraphs:
         try:
             return decode(self._compiled)
         except Exception as error:
+            assert self._compiled is not None
+            self._compiled.release()
             self._compiled = None
             first = str(error).strip().partition("\n")[0]
             logger.warning(

@@ -98,6 +98,7 @@ class EnabledTreeAttention:
         _set_implementation(model)
         if replace_default_cache:
             model._prepare_cache_for_generation = _with_tree_cache(model)
+        self._graphs = graphs
         if graphs is not None:
             self.graphs = graphs.stats
             model.forward = _with_graphs(model.forward, graphs)
@@ -118,6 +119,8 @@ class EnabledTreeAttention:
             self._model.__dict__.pop("forward", None)
             if self._forward is not None:
                 self._model.forward = self._forward
+            if self._graphs is not None:
+                self._graphs.close()
         self._handles, self._previous = [], []
 
     def __enter__(self) -> EnabledTreeAttention:
@@ -157,6 +160,10 @@ def _make_graphs(model: PreTrainedModel, wanted: bool | str, compile: bool) -> D
         raise InvalidArgument(
             f"enable_tree_attention(cuda_graphs=True): {obstacle}. Move the model to a CUDA GPU "
             "first, or leave cuda_graphs out."
+        )
+    if compile and obstacle is not None:
+        logger.warning_once(
+            f"enable_tree_attention(compile=True): nothing is compiled: {obstacle}."
         )
     return None if obstacle is not None or not wanted else DecodeGraphs(model, compile=compile)
 

@@ -1,0 +1,127 @@
+"""Models of well-known shapes with random weights in bfloat16, made on the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3MoeConfig,
+)
+
+LONG = 131_072
+
+
+def llama_8b() -> PretrainedConfig:
+    """Llama-3.1-8B."""
+    return LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=4_096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=LONG,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+        tie_word_embeddings=False,
+    )
+
+
+def qwen_half_b() -> PretrainedConfig:
+    """Qwen2.5-0.5B."""
+    return Qwen2Config(
+        vocab_size=151_936,
+        hidden_size=896,
+        intermediate_size=4_864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        max_position_embeddings=LONG,
+        tie_word_embeddings=True,
+    )
+
+
+def qwen_32b() -> PretrainedConfig:
+    """Qwen2.5-32B."""
+    return Qwen2Config(
+        vocab_size=152_064,
+        hidden_size=5_120,
+        intermediate_size=27_648,
+        num_hidden_layers=64,
+        num_attention_heads=40,
+        num_key_value_heads=8,
+        max_position_embeddings=LONG,
+        tie_word_embeddings=False,
+    )
+
+
+def qwen_30b_experts() -> PretrainedConfig:
+    """Qwen3-30B-A3B: 128 experts, 8 for each token."""
+    return Qwen3MoeConfig(
+        vocab_size=151_936,
+        hidden_size=2_048,
+        intermediate_size=6_144,
+        moe_intermediate_size=768,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        max_position_embeddings=LONG,
+        tie_word_embeddings=False,
+    )
+
+
+SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
+    "8B": llama_8b,
+    "0.5B": qwen_half_b,
+    "32B": qwen_32b,
+    "30B of experts": qwen_30b_experts,
+}
+
+
+def build(name: str, device: str = "cuda") -> PreTrainedModel:
+    """The model ``name`` of :data:`SHAPES`, without an end-of-sequence token."""
+    config = SHAPES[name]()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = model.to_empty(device=device)
+    model.tie_weights()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(1)
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config=config).to(device)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.eval()
+
+
+def bytes_read(model: PreTrainedModel, rows: int) -> int:
+    """Bytes of weights that a decode step of ``rows`` rows must read."""
+    embedding = model.get_input_embeddings().weight
+    experts = getattr(model.config, "num_experts", 0)
+    chosen = 1.0
+    if experts:
+        chosen = 1 - (1 - model.config.num_experts_per_tok / experts) ** rows
+    total = 0.0
+    for name, parameter in model.named_parameters():
+        if parameter is embedding and not model.config.tie_word_embeddings:
+            continue
+        total += parameter.nbytes * (chosen if ".experts." in name else 1.0)
+    return int(total)
+
+
+def token_bytes(config: PretrainedConfig) -> int:
+    """Bytes of K and V of one token, all layers, in bfloat16."""
+    head_dim = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    return 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
