@@ -247,7 +247,7 @@ class Frontier:
         tokens: list[list[int]],
         keep_all: bool = False,
     ) -> torch.Tensor | list[torch.Tensor]:
-        """One forward of the cache's rows, which have ``lengths`` tokens; without tips, new rows."""
+        """One forward of the cache's rows, of ``lengths`` tokens each; without tips, new rows."""
         device = self.model.device
         counts = [len(new) for new in tokens]
         width, before = max(counts), max(lengths)

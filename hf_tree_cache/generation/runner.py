@@ -38,8 +38,8 @@ class BranchRunner:
     stands before a fork, and also the tokens after it until two branches draw different ones. A
     branch that is not extended is held in the cache and costs nothing.
 
-    Tree attention is enabled on the model for as long as the runner lives; :meth:`close`, or leaving
-    a ``with`` block, gives the model back as it was.
+    Tree attention is enabled on the model with the first computation; :meth:`close`, or leaving a
+    ``with`` block, gives the model back as it was.
 
     Args:
         model: a decoder model of transformers (or PEFT around one), in eval mode.
@@ -48,8 +48,8 @@ class BranchRunner:
         sampling: of branches that are extended without one; default the generation config's.
         seed: makes samples reproducible; default torch's global generator, as ``generate`` has it.
         processors: logits processors that see every step of every branch before it is sampled, one
-            row a branch. A :class:`BranchingProcessor` is told of forks and prunes, so it can keep a
-            state for each branch; its own forks and prunes are refused.
+            row a branch. A :class:`BranchingProcessor` is told of forks and prunes, so it can keep
+            a state for each branch; its own forks and prunes are refused.
         max_branches: most live branches at a time.
 
     Raises:

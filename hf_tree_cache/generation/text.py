@@ -26,7 +26,11 @@ def encode_prompt(prompt: Prompt, tokenizer: Any) -> list[int]:
         InvalidArgument: an empty prompt, no tokenizer or no chat template where one is needed.
     """
     if isinstance(prompt, torch.Tensor):
-        prompt = prompt.flatten().tolist() if prompt.ndim < 2 or len(prompt) == 1 else [prompt]
+        if prompt.ndim > 1 and len(prompt) > 1:
+            raise InvalidArgument(
+                f"A prompt of shape {tuple(prompt.shape)}: give each row as a prompt of its own."
+            )
+        prompt = prompt.flatten().tolist()
     if isinstance(prompt, str):
         ids = _needed(tokenizer, "a prompt in words")(prompt)["input_ids"]
     elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
@@ -37,8 +41,8 @@ def encode_prompt(prompt: Prompt, tokenizer: Any) -> list[int]:
         ids = list(prompt)
     else:
         raise InvalidArgument(
-            f"A prompt is a text, a list of token ids or a list of chat messages, not {prompt!r:.80}. "
-            "Several prompts go into one list."
+            "A prompt is a text, a list of token ids or a list of chat messages, not "
+            f"{prompt!r:.80}. Several prompts go into one list."
         )
     if not ids:
         raise InvalidArgument(
