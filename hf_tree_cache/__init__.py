@@ -1,6 +1,7 @@
 """A KV cache that is a tree: what branches share is computed, stored and read once."""
 
 from .errors import (
+    AdapterMismatch,
     BatchMismatch,
     IntegrityError,
     InvalidArgument,
@@ -36,6 +37,7 @@ from .integration.stats import TreeCacheStats
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterMismatch",
     "BatchMismatch",
     "BranchBatch",
     "BranchEvent",

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import InvalidArgument, UnsupportedModel
+from ..integration.adapters import active_adapters
 from ..integration.cache import TreeCache
 from ..integration.enable import EnabledTreeAttention, base_of, enable_tree_attention, is_enabled
 from .extension import Extension, Processor
@@ -273,7 +274,9 @@ class BranchRunner:
             NonFiniteScores: NaN, +inf or nothing but -inf among the scores of a branch.
             OutOfBlocks: no room for the next token of every branch.
         """
-        extension = self._extension(branches, max_new_tokens, stop, sampling, logits_processor)
+        extension = self._extension(
+            branches, max_new_tokens, stop, sampling, logits_processor, on_token is not None
+        )
         for event in self._run(extension):
             if on_token is not None:
                 on_token(event)
@@ -290,12 +293,13 @@ class BranchRunner:
     ) -> Iterator[BranchEvent]:
         """As :meth:`extend`, event by event; stop whenever you like."""
         yield from self._run(
-            self._extension(branches, max_new_tokens, stop, sampling, logits_processor)
+            self._extension(branches, max_new_tokens, stop, sampling, logits_processor, True)
         )
 
     def logits(self, branches: Sequence[Branch]) -> torch.Tensor:
         """``[len(branches), V]`` float32: the model's raw logits of each branch's next token."""
         states = self._states("logits", branches)
+        self.cache.check_adapters(active_adapters(self.model))
         if not states:
             raise InvalidArgument("logits: give at least one branch.")
         with self._working():
@@ -363,8 +367,10 @@ class BranchRunner:
         stop: Stop | Sequence[Stop],
         sampling: Sampling | Sequence[Sampling] | None,
         logits_processor: Processor | Sequence[Processor] | None,
+        with_text: bool,
     ) -> Extension:
         states = self._states("extend", branches)
+        self.cache.check_adapters(active_adapters(self.model))
         count = len(states)
         given = logits_processor or []
         return Extension(
@@ -378,6 +384,7 @@ class BranchRunner:
             tokenizer=self.tokenizer,
             eos=self._eos(),
             generator=self._random(),
+            with_text=with_text,
         )
 
     def _run(self, extension: Extension) -> Iterator[BranchEvent]:
