@@ -33,6 +33,7 @@ from .integration.cache import TreeCache
 from .integration.disk import load_cache, save_cache
 from .integration.enable import EnabledTreeAttention, enable_tree_attention
 from .integration.stats import TreeCacheStats
+from .notebook.session import SessionBranch, TreeSession
 
 __version__ = "0.1.0"
 
@@ -58,6 +59,7 @@ __all__ = [
     "PruneByRank",
     "RunnerStats",
     "Sampling",
+    "SessionBranch",
     "StaleBranch",
     "StaleHandle",
     "Stop",
@@ -67,6 +69,7 @@ __all__ = [
     "TreeCacheStats",
     "TreeGenerateOutput",
     "TreeGenerateStats",
+    "TreeSession",
     "Turn",
     "UnsupportedModel",
     "enable_tree_attention",

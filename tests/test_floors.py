@@ -54,6 +54,9 @@ FLOORS = {
     "generation.ledger": 9,
     "generation.extension": 10,
     "generation.runner": 11,
+    "notebook.live": 1,
+    "notebook.panels": 8,
+    "notebook.session": 12,
 }
 
 # What `import hf_tree_cache` brings: nothing below may ask for it.

@@ -14,6 +14,7 @@ from ..errors import InvalidArgument, UnsupportedModel
 from ..integration.adapters import active_adapters
 from ..integration.cache import TreeCache
 from ..integration.enable import EnabledTreeAttention, base_of, enable_tree_attention, is_enabled
+from ..memory.tree import Branch as CacheBranch
 from .extension import Extension, Processor
 from .frontier import Frontier
 from .ledger import BranchState, Ledger
@@ -340,6 +341,19 @@ class BranchRunner:
     def prompt(self, branch: Branch) -> int:
         """Which prompt a branch continues; equal prompts are one."""
         return self._ledger.get("prompt", branch).prompt
+
+    def ended(self, branch: Branch) -> str:
+        """How a branch ended, "pruned" or "finished" and why; empty while it lives."""
+        return self._ledger.get("ended", branch).ended
+
+    def stored(self, branch: Branch) -> tuple[CacheBranch, int]:
+        """The branch of the cache where a live branch stands, and how many tokens it holds.
+
+        Branches that have not parted stand at one.
+        """
+        tip = self._ledger.get_live("stored", branch).tip
+        assert tip is not None
+        return tip.cached, tip.length
 
     def node(self, branch: Branch) -> int:
         """The node of ``tree`` where a branch ends; before its first own token its parent's."""
