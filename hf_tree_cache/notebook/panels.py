@@ -14,7 +14,10 @@ from ..memory.tree import Branch as CacheBranch
 from ..memory.tree import Node
 
 MAX_CELLS = 6000
-MAX_LANES = 400
+"""Blocks that are drawn one by one; a thousand take 200 kB of HTML."""
+
+ALIKE = 3
+"""Tokens in a row that both of two branches must have, to count as the same passage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,7 @@ class BranchView:
         """Chips."""
         count, total = len(self.logprobs), sum(self.logprobs)
         kind = self.state.split(" ")[0]
-        chips = [(kind, self.state, ""), ("", f"{count:,} token{'s' * (count != 1)}", "generated")]
+        chips = [(kind, self.state, ""), ("", counted(count, "token"), "generated")]
         if count:
             chips.append(("", f"log-prob {total:.2f}", f"{total / count:.3f} a token"))
         if self.score is not None:
@@ -89,7 +92,7 @@ def compare_panel(left: BranchView, right: BranchView, tokenizer: Any) -> Panel:
     matcher = SequenceMatcher(None, *tails, autojunk=False)
     only: tuple[list[int], list[int]] = ([], [])
     for kind, a, b, c, d in matcher.get_opcodes():
-        if kind != "equal":
+        if kind != "equal" or b - a < ALIKE:
             only[0].extend(range(a, b))
             only[1].extend(range(c, d))
     columns = "".join(
@@ -98,14 +101,14 @@ def compare_panel(left: BranchView, right: BranchView, tokenizer: Any) -> Panel:
         for view, marked in zip((left, right), only, strict=True)
     )
     title = f"{left.name} and {right.name}"
-    chips = [("", f"{shared:,} tokens in common", "prompt included")]
+    chips = [("", f"{counted(shared, 'token')} in common", "prompt included")]
     html = frame(
         head(title, chips, legend=True)
-        + _folded("in common", left.tokens[:shared], tokenizer)
+        + _folded("in common", left.tokens[:shared], tokenizer, ending=True)
         + f'<div class="sides">{columns}</div>',
         _STYLE,
     )
-    lines = [f"{title}: {shared} tokens in common"]
+    lines = [f"{title}: {counted(shared, 'token')} in common"]
     for view in (left, right):
         lines.append(f"--- {view.name} ({', '.join(text for _, text, _ in view.facts)})")
         context = view.tokens[max(0, shared - 8) : shared]
@@ -126,7 +129,7 @@ def kv_panel(
     dense = sum(lengths) * cache.token_bytes
     saved = 1 - stats.kv_bytes / dense if dense > stats.kv_bytes else 0.0
     chips = [
-        ("", f"{stats.blocks:,} blocks of {stats.block_size} tokens", ""),
+        ("", f"{counted(stats.blocks, 'block')} of {stats.block_size} tokens", ""),
         ("", f"{in_bytes(stats.kv_bytes)} of K/V", "all layers"),
         ("", f"{in_bytes(dense)} unshared", "as one dense cache for each branch"),
         ("finished" if saved else "", f"{saved:.0%} saved", ""),
@@ -145,6 +148,12 @@ def in_bytes(number: float) -> str:
     return f"{number:.0f} {unit}" if number >= 100 or unit == "B" else f"{number:.1f} {unit}"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and its noun."""
+    plural = "es" if noun.endswith("ch") else "s"
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
+
+
 def decoded(tokenizer: Any, context: Sequence[int], tokens: Sequence[int]) -> str:
     """Text of ``tokens`` behind ``context``; ids where there is no tokenizer."""
     if tokenizer is None:
@@ -154,11 +163,13 @@ def decoded(tokenizer: Any, context: Sequence[int], tokens: Sequence[int]) -> st
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(list(tokens))
 
 
-def _folded(what: str, tokens: Sequence[int], tokenizer: Any) -> str:
+def _folded(what: str, tokens: Sequence[int], tokenizer: Any, ending: bool = False) -> str:
     if not tokens:
         return ""
     body = tokens_html(tokens, None, tokenizer)
-    count = f"{len(tokens):,} token{'s' * (len(tokens) != 1)}"
+    count = counted(len(tokens), "token")
+    if ending:
+        count += f" … {tokens_html(tokens[-12:], None, tokenizer, tokens[-20:-12])}"
     return (
         f'<details class="fold"><summary>{what}: {count}</summary>'
         f'<div class="x text prompt">{body}</div></details>'
@@ -196,9 +207,9 @@ def _icicle(cache: TreeCache, standing: Mapping[CacheBranch, Sequence[str]]) -> 
     longest = max((node.end for node in nodes), default=0)
     if not lanes or not longest:
         return '<div class="more">nothing is stored</div>'
-    if lanes > MAX_LANES or sum(len(node.blocks) for node in nodes) > MAX_CELLS:
-        return f'<div class="more">{lanes:,} branches: too many to draw block by block</div>'
-    lane = min(18.0, max(2.0, 360 / lanes))
+    if (count := sum(len(node.blocks) for node in nodes)) > MAX_CELLS:
+        return f'<div class="more">{count:,} blocks: too many to draw one by one</div>'
+    lane = min(18.0, max(0.5, 360 / lanes))
     wide = 1000 / (-(-longest // size) * size)
     cells: list[str] = []
     first: dict[Node, float] = {tree.root: 0.0}
@@ -215,8 +226,8 @@ def _icicle(cache: TreeCache, standing: Mapping[CacheBranch, Sequence[str]]) -> 
             refs = cache.tree.allocator.ref_count(block)
             readers = below[node]
             title = (
-                f"block {block} · tokens {left}–{right - 1} · ref count {refs} · read by "
-                f"{readers} branch{'es' * (readers != 1)}"
+                f"block {block} · tokens {left}–{right - 1} · ref count {refs} · "
+                f"read by {counted(readers, 'branch')}"
             )
             shade = "shared" if readers > 1 else "own"
             kind = f"{shade} copied" if left > start else shade
@@ -228,7 +239,7 @@ def _icicle(cache: TreeCache, standing: Mapping[CacheBranch, Sequence[str]]) -> 
             if height >= 12 and (right - left) * wide >= 14:
                 cells.append(
                     f'<text x="{(left + right) / 2 * wide:.1f}" y="{top + height / 2 + 3.5:.1f}">'
-                    f"{refs}</text>"
+                    f"{readers}</text>"
                 )
         if names.get(node) and lane >= 10:
             text = escape(", ".join(names[node]))
@@ -239,10 +250,12 @@ def _icicle(cache: TreeCache, standing: Mapping[CacheBranch, Sequence[str]]) -> 
     height = lanes * lane
     return (
         f'<svg class="kv" viewBox="0 0 1080 {height:.0f}" width="100%" '
-        f'style="max-height:{height * 1.3:.0f}px" role="img" aria-label="blocks of the cache">'
+        f'style="max-height:{height * 1.3:.0f}px;--w:{min(1.5, lane / 6):.2f}" role="img" '
+        f'aria-label="blocks of the cache">'
         f"{''.join(cells)}</svg>"
         '<div class="more">across: tokens; a box is one block of all layers, as high as the '
-        "branches that read it; the number is its ref count</div>"
+        "branches that read it, whose number it shows; framed: copied on write; more in its "
+        "tooltip</div>"
     )
 
 
@@ -256,7 +269,7 @@ display:list-item;list-style:disclosure-closed inside}
 .htc .sides{display:grid;grid-template-columns:repeat(auto-fit,minmax(18em,1fr));gap:10px}
 .htc .side{min-width:0}.htc .side>.head{margin-bottom:5px}
 .htc .kv{display:block}
-.htc .kv rect{stroke:var(--bg);stroke-width:1.5;fill:var(--alive);fill-opacity:.35}
+.htc .kv rect{stroke:var(--bg);stroke-width:var(--w);fill:var(--alive);fill-opacity:.35}
 .htc .kv rect.shared{fill:var(--finished);fill-opacity:.55}
 .htc .kv rect.copied{stroke:var(--prompt)}
 .htc .kv rect:hover{fill-opacity:1}

@@ -14,7 +14,16 @@ from ..generation.text import CONTEXT, Prompt, TextStream
 from ..generation.view import render_html, render_text
 from ..integration.cache import TreeCache
 from .live import LiveView, notebook_shell
-from .panels import BranchView, Panel, branch_panel, compare_panel, decoded, in_bytes, kv_panel
+from .panels import (
+    BranchView,
+    Panel,
+    branch_panel,
+    compare_panel,
+    counted,
+    decoded,
+    in_bytes,
+    kv_panel,
+)
 
 Scorer = Callable[[str], float]
 """Takes the text that a branch generated."""
@@ -205,7 +214,7 @@ class TreeSession:
         return (
             f"{stats.tokens_computed:,} tokens computed, {stats.tokens_generated:,} generated in "
             f"{stats.seconds:.1f} s · K/V {in_bytes(cache.kv_bytes)} in "
-            f"{cache.tree.allocator.num_used:,} blocks, {in_bytes(dense)} unshared"
+            f"{counted(cache.tree.allocator.num_used, 'block')}, {in_bytes(dense)} unshared"
         )
 
     def _labels(self) -> dict[int, str]:
@@ -225,8 +234,8 @@ class TreeSession:
     def _own(self, call: str, branch: SessionBranch) -> Branch:
         if not isinstance(branch, SessionBranch) or branch.session is not self:
             raise InvalidArgument(
-                f"{call}({branch!r:.60}): give a branch of this session (session.root, or what "
-                "fork, edit and add return)."
+                f"{call}({type(branch).__name__}): give a branch of this session: session.root, or "
+                "what fork, edit and add return."
             )
         return branch.handle
 
