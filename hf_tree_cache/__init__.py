@@ -1,6 +1,7 @@
 """A KV cache that is a tree: what branches share is computed, stored and read once."""
 
 from .errors import (
+    AdapterMismatch,
     BatchMismatch,
     IntegrityError,
     InvalidArgument,
@@ -14,6 +15,7 @@ from .errors import (
     UnsupportedModel,
 )
 from .generation.loop import tree_generate
+from .generation.options import RunnerStats, Sampling, Stop, Turn
 from .generation.output import BranchEvent, TreeGenerateOutput, TreeGenerateStats
 from .generation.processors import (
     BranchBatch,
@@ -27,17 +29,21 @@ from .generation.processors import (
     PruneByRank,
 )
 from .generation.record import GenerationTree
+from .generation.runner import BranchRunner
 from .integration.cache import TreeCache
 from .integration.disk import load_cache, save_cache
 from .integration.enable import EnabledTreeAttention, enable_tree_attention
 from .integration.stats import TreeCacheStats
+from .notebook.session import SessionBranch, TreeSession
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterMismatch",
     "BatchMismatch",
     "BranchBatch",
     "BranchEvent",
+    "BranchRunner",
     "BranchingProcessor",
     "EnabledTreeAttention",
     "ForkAtDelimiter",
@@ -52,15 +58,21 @@ __all__ = [
     "OutOfBlocks",
     "PruneBelow",
     "PruneByRank",
+    "RunnerStats",
+    "Sampling",
     "ScatteredStorage",
+    "SessionBranch",
     "StaleBranch",
     "StaleHandle",
+    "Stop",
     "StorageMismatch",
     "TreeCache",
     "TreeCacheError",
     "TreeCacheStats",
     "TreeGenerateOutput",
     "TreeGenerateStats",
+    "TreeSession",
+    "Turn",
     "UnsupportedModel",
     "enable_tree_attention",
     "load_cache",

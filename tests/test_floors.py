@@ -15,6 +15,7 @@ FLOORS = {
     "errors": 0,
     "env": 0,
     "integration.stats": 0,
+    "integration.adapters": 1,
     "memory.allocator": 1,
     "memory.storage": 1,
     "memory.scatter": 1,
@@ -54,6 +55,18 @@ FLOORS = {
     "integration.enable": 11,
     "generation.batch": 9,
     "generation.loop": 12,
+    "generation.options": 1,
+    "generation.grammar": 2,
+    "generation.text": 1,
+    "generation.prefixes": 1,
+    "generation.interrupt": 1,
+    "generation.frontier": 9,
+    "generation.ledger": 10,
+    "generation.extension": 13,
+    "generation.runner": 14,
+    "notebook.live": 1,
+    "notebook.panels": 9,
+    "notebook.session": 15,
 }
 
 # What `import hf_tree_cache` brings: nothing below may ask for it.

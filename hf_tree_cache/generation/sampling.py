@@ -7,17 +7,20 @@ from collections.abc import Sequence
 import torch
 
 
-def draw(probs: torch.Tensor) -> torch.Tensor:
+def draw(probs: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
     """One sample of each row of ``probs [R, V]``: what ``torch.multinomial(probs, 1)`` draws.
 
     A row with NaN gives some token, where multinomial would stop the device.
     """
     # The largest of p / Exp(1) is a sample (the exponential race, as good as Gumbel's).
-    return (probs / torch.empty_like(probs).exponential_()).argmax(-1)
+    return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
 
 
 def choose_tokens(
-    scores: torch.Tensor, do_sample: bool, distinct: Sequence[Sequence[int]] = ()
+    scores: torch.Tensor,
+    do_sample: bool,
+    distinct: Sequence[Sequence[int]] = (),
+    generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """The next token of each row.
 
@@ -29,12 +32,13 @@ def choose_tokens(
         distinct: groups of rows with equal scores that get different tokens: sampled without
             replacement, or the best, second best and so on. Where fewer tokens are possible than
             rows ask, the rest repeat the first.
+        generator: draws the samples, default torch's global one.
 
     Returns:
         ``[R]`` int64.
     """
     probs = scores.softmax(-1) if do_sample else None
-    tokens = scores.argmax(-1) if probs is None else draw(probs)
+    tokens = scores.argmax(-1) if probs is None else draw(probs, generator)
     for group in distinct:
         count = min(len(group), scores.shape[1])
         if probs is None:
@@ -42,7 +46,7 @@ def choose_tokens(
             possible, chosen = ranked.values > -torch.inf, ranked.indices
         else:
             # Gumbel top-k: as sampling one after the other without replacement (Kool et al., 2019).
-            noise = -torch.empty_like(probs[group[0]]).exponential_().log()
+            noise = torch.empty_like(probs[group[0]]).exponential_(generator=generator).log().neg()
             ranked = (probs[group[0]].log() + noise).topk(count)
             possible, chosen = ranked.values > -torch.inf, ranked.indices
         chosen = torch.where(possible, chosen, chosen[0])

@@ -16,6 +16,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import InvalidArgument, UnsupportedModel
+from .adapters import active_adapters
 from .attention import NAME
 from .cache import TreeCache
 from .prepare import Collapsed, Forward, expand_output
@@ -46,6 +47,7 @@ def enable_tree_attention(
     - A bare ``TreeCache()`` is configured from the model at its first forward.
     - A forward that fails leaves the cache as it was.
     - On a CUDA GPU, decode steps are replayed from CUDA graphs where the model allows it.
+    - A cache that was filled under other PEFT adapters is refused.
 
     Models that do not use transformers' attention interface (bloom, falcon, gptj, ...) keep their
     own attention and read dense copies; the rest of the above holds for them too.
@@ -66,19 +68,29 @@ def enable_tree_attention(
         InvalidArgument: not a transformers model, or one that is enabled already; graphs that are
             insisted on, and no GPU or no Triton; ``compile`` without graphs.
     """
-    unwrap: Any = getattr(model, "get_base_model", lambda: model)
-    base = unwrap()
+    base = base_of(model)
     if not isinstance(base, PreTrainedModel):
         raise InvalidArgument(
             f"enable_tree_attention({type(model).__name__}): expected a transformers model."
         )
-    if any(isinstance(hook, _Hooks) for hook in base._forward_pre_hooks.values()):
+    if is_enabled(base):
         raise InvalidArgument(
             f"enable_tree_attention: this {type(base).__name__} is enabled already. Keep the "
             "handle of the first call and disable() it, or write `with enable_tree_attention(...)`."
         )
     graphs = _make_graphs(base, cuda_graphs, compile)
     return EnabledTreeAttention(base, replace_default_cache, graphs)
+
+
+def base_of(model: Any) -> Any:
+    """The transformers model itself, also of a PEFT model around one."""
+    unwrap: Any = getattr(model, "get_base_model", lambda: model)
+    return unwrap()
+
+
+def is_enabled(model: Any) -> bool:
+    """Whether :func:`enable_tree_attention` is active on ``model``."""
+    return any(isinstance(hook, _Hooks) for hook in base_of(model)._forward_pre_hooks.values())
 
 
 class EnabledTreeAttention:
@@ -265,6 +277,7 @@ class _Hooks:
             )
         cache.advise = False
         cache.configure(model.config)
+        cache.check_adapters(active_adapters(model))
         forward = Forward(cache, kwargs)
         self._open[-1] = (cache, forward.prepare())
         return (), forward.kwargs
