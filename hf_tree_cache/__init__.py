@@ -35,6 +35,7 @@ from .integration.stats import TreeCacheStats
 from .search.best_of_n import best_of_n
 from .search.budget import Budget
 from .search.driver import SearchDriver
+from .search.entropy_branching import entropy_branching
 from .search.mcts import mcts
 from .search.result import SearchResult
 from .search.scoring import Candidate, RewardModel
@@ -85,6 +86,7 @@ __all__ = [
     "best_of_n",
     "dvts",
     "enable_tree_attention",
+    "entropy_branching",
     "load_cache",
     "mcts",
     "run_search",

@@ -66,6 +66,7 @@ FLOORS = {
     "search.step_beam": 15,
     "search.mcts": 15,
     "search.tree_of_thoughts": 15,
+    "search.entropy_branching": 15,
     "search.ask_tell": 15,
 }
 
@@ -76,8 +77,8 @@ TOP = max(FLOORS.values()) + 1
 NO_TORCH = {
     "memory.allocator",
     "memory.tree",
-    *(name for name in FLOORS if name.startswith("search.") and name != "search.scoring"),
-}
+    *(name for name in FLOORS if name.startswith("search.")),
+} - {"search.scoring", "search.entropy_branching"}
 
 # Imports inside functions hide dependencies; Triton is optional, so its callers may wait.
 LAZY_ALLOWED = {
