@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import model, one_thread  # noqa: F401
+from models import model, one_thread
 from search_fakes import letters, tokens_through
 
-from hf_tree_cache import BranchRunner, Budget, OutOfBlocks, Sampling, SearchDriver, TreeCache
+from hf_tree_cache import BranchRunner, Budget, OutOfBlocks, Sampling, SearchDriver, Stop, TreeCache
 from hf_tree_cache.errors import InvalidArgument, NonFiniteScores
 from hf_tree_cache.search.best_of_n import BestOfN, best_of_n
 from hf_tree_cache.search.entropy_branching import entropy_branching
@@ -40,6 +40,9 @@ QUESTION = "what is 3 + 4 * 5?\n"
 QUESTIONS = [QUESTION, "and (7 - 2) * 9?\n", "2 + 2 = ?\n"]
 VOWELS = "aeiou"
 SHORT = {"max_new_tokens": 24, "seed": 5, "progress": False}
+
+
+__all__ = ["one_thread"]  # a fixture for all of this file
 
 
 @pytest.fixture
@@ -437,8 +440,6 @@ class TestSteps:
         assert found > 10
 
     def test_a_stop_string_that_two_turns_share(self) -> None:
-        from hf_tree_cache import Stop
-
         search = SearchTree()
         node = search.add(0)
         node.step = "say EN"
@@ -670,3 +671,28 @@ def test_branching_on_entropy_within_bounds(llama: Any) -> None:
 def test_self_consistency_is_a_policy_and_so_is_the_users(llama: Any) -> None:
     assert isinstance(SelfConsistency(), Policy)
     assert not isinstance(object(), Policy)
+
+
+def test_steps_give_all_events_of_a_token_at_once_and_branches_may_leave_between(
+    llama: Any,
+) -> None:
+    with BranchRunner(llama, TOKENIZER, seed=3) as runner:
+        (root,) = runner.add_prompts([[5, 6, 7]])
+        branches = [root, *runner.fork(root, 3)]
+        counts = []
+        for events in runner.steps(branches, max_new_tokens=4, stop=Stop(eos=False)):
+            counts.append([event.kind for event in events])
+            if len(counts) == 2:
+                runner.prune(branches[1])
+                branches += runner.fork(branches[0])
+        assert counts[:3] == [["token"] * 4, ["token"] * 4, ["token"] * 3]
+        assert counts[3] == ["token", "finish"] * 3
+        assert len(runner.tokens(branches[-1])) == 5
+        runner.cache.check_integrity()
+        pieces = [
+            e.text
+            for es in runner.steps(branches[2:3], max_new_tokens=2, with_text=False)
+            for e in es
+            if e.kind == "token"
+        ]
+        assert not any(pieces)

@@ -150,6 +150,7 @@ class SearchDriver:
             list(self._going),
             max_new_tokens=[limit for _, _, limit in turns],
             stop=[step.stop for _, step, _ in turns],
+            with_text=False,
         )
         with closing(stream):
             for events in stream:
