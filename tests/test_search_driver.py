@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -675,6 +676,80 @@ def test_branching_on_entropy_within_bounds(llama: Any) -> None:
     with tokens_through(llama) as seen:
         again = entropy_branching(llama, TOKENIZER, QUESTION, **options_of("entropy_branching"))
     assert sum(seen) == again.tokens_computed
+
+
+@dataclass(frozen=True)
+class Anything:
+    """Asks for anything that it may ask for, by chance, until a number of steps are made."""
+
+    seed: int
+
+    def decide(self, search: SearchTree) -> Sequence[Action]:
+        chance = random.Random(f"{self.seed} {search.question} {len(search.nodes)}")
+        if len(search.nodes) > 30:
+            return [Finish("enough")]
+        if len(search.running) > chance.randrange(4):
+            return []
+        open_nodes = [node for node in [search.root, *search.open] if node.state == "open"]
+        asides = [n for n in search.nodes if n.state == "done" and n.kind == "kept" and not n.aside]
+        actions: list[Action] = []
+        for node in chance.sample(open_nodes, min(len(open_nodes), 2)):
+            actions.append(
+                Expand(
+                    node.id,
+                    chance.randint(1, 3),
+                    kind=chance.choice(["step", "kept"]),
+                    to_end=chance.random() < 0.2,
+                    prefix=chance.choice(["", "", "so? "]),
+                    max_new_tokens=chance.choice([None, 1, 5]),
+                    distinct=chance.random() < 0.3,
+                    keep=chance.random() < 0.6,
+                    hold=True,
+                )
+            )
+        if asides and chance.random() < 0.5:
+            actions.append(Expand(chance.choice(asides).id, 2, prefix="sure? ", max_new_tokens=3))
+        unscored = [node.id for node in search.open + search.done if node.score is None]
+        if unscored and chance.random() < 0.5:
+            actions.insert(0, Score(tuple(unscored)))
+        if search.running and chance.random() < 0.3:
+            actions.append(Prune(chance.choice(search.running).id))
+        return actions
+
+    def conclude(self, search: SearchTree) -> Conclusion:
+        return conclude_best(search)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3_next"])
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_a_policy_asks_for_the_books_are_right(name: str, seed: int) -> None:
+    runner = BranchRunner(model(name), TOKENIZER, seed=seed, sampling=Sampling(1.0))
+
+    def watch(tree: Any, searches: Sequence[SearchTree]) -> None:
+        tree.check_integrity()
+        runner.cache.check_integrity()
+        for search in searches:
+            for node in search.nodes[1:]:
+                before = search.nodes[node.parent or 0]
+                assert node.aside or node.text == before.text + node.step or node.state == "running"
+
+    with runner:
+        driver = SearchDriver(
+            runner,
+            Anything(seed),
+            scorer=LogProbScorer(),
+            limits=Limits(delimiters=tuple("bcde"), max_new_tokens=12),
+            budget=Budget(tokens=(None, 70, 90, None)[seed]),
+            watch=watch,
+        )
+        results = driver.run(QUESTIONS)
+    assert runner.branches == [] and runner.cache.tree.allocator.num_used == 0
+    assert sum(result.tokens_generated for result in results) == runner.stats.tokens_generated
+    for result in results:
+        assert not any(node.state == "running" for node in result.search.nodes)
+        for solution in result.solutions:
+            tokens = result.tree.tokens(solution.leaf, include_prompt=False)
+            assert TOKENIZER.decode(tokens, skip_special_tokens=True) == solution.text
 
 
 def test_self_consistency_is_a_policy_and_so_is_the_users(llama: Any) -> None:

@@ -136,6 +136,8 @@ class SearchDriver:
             if self.watch is not None:
                 self.watch(self.runner.tree, [task.search for task in self._tasks])
             turns = self._allot()
+            held = sum(len(task.held) for task in self._tasks)
+            bar.set_postfix(running=len(turns), held=held, refresh=False)
             if turns:
                 self._generate(turns, bar)
             elif not any(task.steps for task in self._tasks):
@@ -155,7 +157,7 @@ class SearchDriver:
         )
         with closing(stream):
             for events in stream:
-                interrupted = False
+                rejoin = False
                 for event in events:
                     branch = Branch(event.branch)
                     if branch not in self._going:
@@ -168,11 +170,11 @@ class SearchDriver:
                         reason = event.reason if event.kind == "finish" else "stop"
                         del self._going[branch]
                         ended = task.stop_step(step, reason or "")
-                        interrupted |= event.kind == "token" or not (ended or reason == "length")
+                        rejoin |= event.kind == "token" or not (ended or reason == "length")
                 bar.update(sum(event.kind == "token" for event in events))
                 if self._is_over():
                     return
-                if (any(task.changed for task in self._tasks) and self._consult()) or interrupted:
+                if (any(task.changed for task in self._tasks) and self._consult()) or rejoin:
                     return
 
     def _is_over(self) -> bool:
@@ -220,8 +222,8 @@ class SearchDriver:
                         break
                     else:
                         raise task.misfit(action, "known are Expand, Score, Prune and Finish")
-            joined |= self._expand([pair for pair in expansions if not pair[0].ended_by])
             self._score([item for item in wanted if not item[0].ended_by])
+            joined |= self._expand([pair for pair in expansions if not pair[0].ended_by])
             for task in changed:
                 if not (task.ended_by or task.steps or task.changed):
                     task.end("policy", "nothing left to do")
