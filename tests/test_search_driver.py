@@ -136,8 +136,8 @@ def test_every_strategy_answers_questions_together_and_repeats_itself_by_seed(
         assert result.kv_bytes_peak > 0
     again = strategy(llama, TOKENIZER, QUESTIONS, **options_of(name))
     assert list(map(facts, again)) == list(map(facts, results))
-    other = strategy(llama, TOKENIZER, QUESTIONS, **{**options_of(name), "seed": 6})
-    assert list(map(facts, other)) != list(map(facts, results))
+    other = strategy(llama, TOKENIZER, QUESTIONS[:1], **{**options_of(name), "seed": 6})
+    assert facts(other[0]) != facts(results[0])
 
 
 def test_one_question_gives_one_result_and_a_list_a_list(llama: Any) -> None:
