@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from search_fakes import letters, tokens_through
 
 from hf_tree_cache import BranchRunner, Budget, OutOfBlocks, Sampling, SearchDriver, Stop, TreeCache
 from hf_tree_cache.errors import InvalidArgument, NonFiniteScores
+from hf_tree_cache.notebook.live import LiveView
+from hf_tree_cache.search import driver
 from hf_tree_cache.search.best_of_n import BestOfN, best_of_n
 from hf_tree_cache.search.entropy_branching import entropy_branching
 from hf_tree_cache.search.mcts import mcts
@@ -251,10 +255,10 @@ class TestBudgets:
         cache = TreeCache(max_blocks=9)
         runner = BranchRunner(llama, TOKENIZER, cache=cache, seed=5, sampling=Sampling(0.8))
         with runner:
-            driver = SearchDriver(
+            searcher = SearchDriver(
                 runner, BestOfN(8), scorer=LogProbScorer(), limits=Limits(max_new_tokens=40)
             )
-            (result,) = driver.run([QUESTION])
+            (result,) = searcher.run([QUESTION])
         assert result.ended_by == "blocks"
         assert result.tokens_generated > 8
         runner.cache.check_integrity()
@@ -336,8 +340,8 @@ class TestInterrupts:
         runner = BranchRunner(llama, TOKENIZER, seed=5, sampling=Sampling(0.8))
         try:
             with runner:
-                driver = SearchDriver(runner, BestOfN(3), limits=Limits(max_new_tokens=40))
-                results = driver.run(QUESTIONS)
+                searcher = SearchDriver(runner, BestOfN(3), limits=Limits(max_new_tokens=40))
+                results = searcher.run(QUESTIONS)
         finally:
             hook.remove()
         runner.cache.check_integrity()
@@ -354,14 +358,14 @@ class TestInterrupts:
         runner = BranchRunner(llama, TOKENIZER, seed=5, sampling=Sampling(0.8))
         mine = runner.add_prompts([QUESTION])
         with runner:
-            driver = SearchDriver(
+            searcher = SearchDriver(
                 runner,
                 BestOfN(3),
                 scorer=type("Broken", (), {"score": lambda self, c: broken(c)})(),
                 limits=Limits(max_new_tokens=8),
             )
             with pytest.raises(ZeroDivisionError):
-                driver.run(QUESTIONS)
+                searcher.run(QUESTIONS)
             assert runner.branches == mine, "branches that were there before are left alone"
 
     def test_scores_that_are_not_finite_are_refused(self, llama: Any) -> None:
@@ -647,6 +651,31 @@ def test_a_running_search_can_be_watched(llama: Any) -> None:
     assert seen[0] == (0, [7, 7, 7])
 
 
+def test_in_a_notebook_the_tree_is_drawn_as_it_grows_and_goes_with_the_search(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures: list[str] = []
+
+    class Screen(LiveView):
+        def show(self) -> None:
+            if self._shell is not None:
+                pictures.append(self._draw())
+
+        def follow(self) -> None:
+            self.show()
+
+    monkeypatch.setattr(driver, "LiveView", Screen)
+    monkeypatch.setattr(driver, "notebook_shell", lambda: "a notebook")
+    options = {"num_branches": 2, "max_new_tokens": 6}
+    best_of_n(llama, TOKENIZER, QUESTION, progress=False, **options)
+    assert pictures == []
+    monkeypatch.setattr(driver, "tqdm", lambda **given: nullcontext(MagicMock()))
+    best_of_n(llama, TOKENIZER, QUESTION, **options)
+    assert len(pictures) == 7
+    assert all('class="htc"' in picture for picture in pictures[:-1])
+    assert len(set(pictures)) == 7 and pictures[-1] == ""
+
+
 def test_a_policy_may_ask_for_steps_that_begin_differently(llama: Any) -> None:
     @dataclass(frozen=True)
     class Apart(Says):
@@ -734,7 +763,7 @@ def test_whatever_a_policy_asks_for_the_books_are_right(name: str, seed: int) ->
                 assert node.aside or node.text == before.text + node.step or node.state == "running"
 
     with runner:
-        driver = SearchDriver(
+        searcher = SearchDriver(
             runner,
             Anything(seed),
             scorer=LogProbScorer(),
@@ -742,7 +771,7 @@ def test_whatever_a_policy_asks_for_the_books_are_right(name: str, seed: int) ->
             budget=Budget(tokens=(None, 70, 90, None)[seed]),
             watch=watch,
         )
-        results = driver.run(QUESTIONS)
+        results = searcher.run(QUESTIONS)
     assert runner.branches == [] and runner.cache.tree.allocator.num_used == 0
     assert sum(result.tokens_generated for result in results) == runner.stats.tokens_generated
     for result in results:
