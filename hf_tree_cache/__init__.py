@@ -35,6 +35,18 @@ from .integration.disk import load_cache, save_cache
 from .integration.enable import EnabledTreeAttention, enable_tree_attention
 from .integration.stats import TreeCacheStats
 from .notebook.session import SessionBranch, TreeSession
+from .search.ask_tell import treequest_search
+from .search.best_of_n import best_of_n
+from .search.budget import Budget
+from .search.driver import SearchDriver
+from .search.entropy_branching import entropy_branching
+from .search.mcts import mcts
+from .search.result import SearchResult
+from .search.scoring import Candidate, RewardModel
+from .search.self_consistency import self_consistency
+from .search.step_beam import dvts, step_beam
+from .search.strategy import run_search
+from .search.tree_of_thoughts import tree_of_thoughts
 
 __version__ = "0.1.0"
 
@@ -45,6 +57,8 @@ __all__ = [
     "BranchEvent",
     "BranchRunner",
     "BranchingProcessor",
+    "Budget",
+    "Candidate",
     "EnabledTreeAttention",
     "ForkAtDelimiter",
     "ForkAtFirstToken",
@@ -58,9 +72,12 @@ __all__ = [
     "OutOfBlocks",
     "PruneBelow",
     "PruneByRank",
+    "RewardModel",
     "RunnerStats",
     "Sampling",
     "ScatteredStorage",
+    "SearchDriver",
+    "SearchResult",
     "SessionBranch",
     "StaleBranch",
     "StaleHandle",
@@ -74,8 +91,17 @@ __all__ = [
     "TreeSession",
     "Turn",
     "UnsupportedModel",
+    "best_of_n",
+    "dvts",
     "enable_tree_attention",
+    "entropy_branching",
     "load_cache",
+    "mcts",
+    "run_search",
     "save_cache",
+    "self_consistency",
+    "step_beam",
     "tree_generate",
+    "tree_of_thoughts",
+    "treequest_search",
 ]

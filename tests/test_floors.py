@@ -64,6 +64,22 @@ FLOORS = {
     "generation.ledger": 10,
     "generation.extension": 13,
     "generation.runner": 14,
+    "search.policy": 15,
+    "search.statistics": 15,
+    "search.answers": 15,
+    "search.scoring": 15,
+    "search.budget": 15,
+    "search.result": 16,
+    "search.task": 17,
+    "search.driver": 18,
+    "search.strategy": 19,
+    "search.self_consistency": 20,
+    "search.best_of_n": 20,
+    "search.step_beam": 20,
+    "search.mcts": 20,
+    "search.tree_of_thoughts": 20,
+    "search.entropy_branching": 20,
+    "search.ask_tell": 20,
     "notebook.live": 1,
     "notebook.panels": 9,
     "notebook.session": 15,
@@ -73,7 +89,11 @@ FLOORS = {
 TOP = max(FLOORS.values()) + 1
 
 # Bookkeeping is plain ints, so that it can be tested and reasoned about without tensors.
-NO_TORCH = {"memory.allocator", "memory.tree"}
+NO_TORCH = {
+    "memory.allocator",
+    "memory.tree",
+    *(name for name in FLOORS if name.startswith("search.")),
+} - {"search.scoring", "search.entropy_branching"}
 
 # Imports inside functions hide dependencies; Triton is optional, so its callers may wait.
 LAZY_ALLOWED = {
