@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import random
 import re
+import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -1274,3 +1276,27 @@ def test_the_last_queries_of_a_prompt_see_no_future(softcap: float | None) -> No
     whole, _ = tree_attention_forward(layer, query, keys, values, None, softcap=softcap)
     last, _ = tree_attention_forward(layer, query[:, :, 6:], keys, values, None, softcap=softcap)
     torch.testing.assert_close(last, whole[:, 6:])
+
+
+@pytest.mark.core
+def test_memory_goes_with_the_cache_at_once(tree_llama: PreTrainedModel) -> None:
+    cache = TreeCache()
+    gc.disable()
+    try:
+        tree_llama.generate(
+            torch.arange(3, 9)[None],
+            past_key_values=cache,
+            num_return_sequences=2,
+            do_sample=True,
+            max_new_tokens=4,
+            pad_token_id=0,
+        )
+        kept, storage, layer = weakref.ref(cache), weakref.ref(cache.storages[0]), cache.layers[0]
+        del cache
+        assert kept() is None
+        with pytest.raises(StaleHandle, match="keep the cache"):
+            layer.get_seq_length()
+        del layer
+        assert storage() is None
+    finally:
+        gc.enable()

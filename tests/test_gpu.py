@@ -8,10 +8,12 @@ from models import TINY, build, prompts
 from transformers import DynamicCache
 
 from hf_tree_cache import (
+    BranchRunner,
     ForkAtFirstToken,
     ForkOnEntropy,
     OutOfBlocks,
     PruneByRank,
+    Sampling,
     TreeCache,
     enable_tree_attention,
     tree_generate,
@@ -128,3 +130,19 @@ def test_running_out_of_device_memory_is_told_and_leaves_the_cache_usable(monkey
         logits = model(ids[:, :7], past_key_values=cache).logits
         expected = model(torch.cat([ids, ids[:, :7]], 1)).logits[:, -7:]
     assert (logits - expected).abs().max() < 1e-4
+
+
+def test_a_runner_of_branches_equals_generate():
+    model = build("llama").cuda()
+    runner = BranchRunner(model, sampling=Sampling(do_sample=False))
+    long, short = runner.add_prompts([list(range(3, 40)), list(range(5, 12))])
+    runner.extend([long, short], max_new_tokens=9)
+    back = runner.fork(long, 1, at=-5)[0]
+    runner.append(back, [7, 8, 9])
+    runner.extend([short, back], max_new_tokens=16)
+    for branch, prompt in ((long, 37), (short, 7), (back, len(runner.tokens(back)) - 16)):
+        tokens = torch.tensor([runner.tokens(branch)], device="cuda")
+        alone = model.generate(
+            tokens[:, :prompt], do_sample=False, max_new_tokens=tokens.shape[1] - prompt
+        )
+        assert tokens.tolist() == alone.tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -208,7 +209,7 @@ class TreeCache(Cache):
             counts=counts,
             plan=self._plan,
             slots=appended.slots,
-            read_tables=self._block_tables,
+            read_tables=partial(_block_tables, self.tree),
             forked_from=forked_from,
             padding_known=padding_known and not self._odd_mask,
             prefill_asked=(asked_rows or num_rows) * num_new if is_prefill else 0,
@@ -457,9 +458,6 @@ class TreeCache(Cache):
         layer.spec = spec
         bounds = [b for b in (self._max_blocks, self._pool.max_blocks) if b is not None]
         allocator.max_blocks = min(bounds, default=None)
-
-    def _block_tables(self) -> list[list[int]]:
-        return [self.tree.block_table(branch) for branch in self.tree.rows]
 
     def _note_dense(self, reason: str) -> None:
         self.dense_reads[reason] += 1
@@ -720,6 +718,12 @@ class TreeCache(Cache):
         self._settle()
         return {**self.__dict__, "_step": None, "_static": None, "_plan": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for layer in self.layers:
+            if isinstance(layer, PagedLayer):
+                layer.join(self)
+
     @property
     def kv_bytes(self) -> int:
         """Bytes of the blocks in use, all layers."""
@@ -757,7 +761,7 @@ class TreeCache(Cache):
         """Dense K (``which`` 0) or V (1) ``[B, Hkv, L, D]``; None before the first update."""
         if layer.storage is None:
             return None
-        view = DenseView(self._block_tables(), self.tree.row_lengths(), self.columns_of(layer))
+        view = DenseView(_block_tables(self.tree), self.tree.row_lengths(), self.columns_of(layer))
         # Where the blocks of a row follow each other, what was gathered is a view of them.
         return gather_dense(view, layer.storage, layer.position)[which].clone()
 
@@ -780,6 +784,10 @@ class TreeCache(Cache):
 
 def _adapters(names: tuple[str, ...]) -> str:
     return f"adapter {', '.join(names)}" if names else "no adapter"
+
+
+def _block_tables(tree: BranchTree) -> list[list[int]]:
+    return [tree.block_table(branch) for branch in tree.rows]
 
 
 def _as_ints(indices: Any) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from ..errors import UnsupportedModel
+from ..errors import StaleHandle, UnsupportedModel
 from ..memory.storage import KVSpec, KVStorage
 
 if TYPE_CHECKING:
@@ -35,12 +36,23 @@ class PagedLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, cache: TreeCache, sliding_window: int | None = None) -> None:
-        self.cache = cache
+        self.join(cache)
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
         self.storage: KVStorage | None = None
         self.position = 0
         self.spec: KVSpec | None = None
+
+    def join(self, cache: TreeCache) -> None:
+        """Belong to ``cache``, without keeping it alive: gigabytes should go when it goes."""
+        self._cache = weakref.ref(cache)
+
+    @property
+    def cache(self) -> TreeCache:
+        cache = self._cache()
+        if cache is None:
+            raise StaleHandle("The TreeCache that this layer belongs to is gone; keep the cache.")
+        return cache
 
     @property
     def is_initialized(self) -> bool:
