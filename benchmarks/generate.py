@@ -190,7 +190,7 @@ class Waiting:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        read = loop._Drawn.read
+        read = loop._Arriving.read
 
         def timed(drawn: Any) -> Any:
             begin = time.perf_counter()
@@ -198,11 +198,11 @@ class Waiting:
             self.seconds += time.perf_counter() - begin
             return table
 
-        loop._Drawn.read = timed
+        loop._Arriving.read = timed
         try:
             yield
         finally:
-            loop._Drawn.read = read
+            loop._Arriving.read = read
 
 
 def measure(model: PreTrainedModel, method: Method, work: Workload) -> dict[str, float]:

@@ -25,7 +25,7 @@ from .decide import NextRows, decide
 from .output import BranchEvent, TreeGenerateOutput, TreeGenerateStats
 from .processors import BranchBatch, BranchingProcessor
 from .record import GenerationTree
-from .sampling import choose_tokens
+from .sampling import draw_tokens
 
 AHEAD_ON = ("cuda",)
 """Devices that work while the host does: there a step begins before the last one is booked."""
@@ -121,7 +121,7 @@ def _tree_cache(model: PreTrainedModel, model_kwargs: dict[str, Any]) -> TreeCac
     return inner
 
 
-class _Drawn:
+class _Arriving:
     """Numbers on their way to the host: a table of float64, which holds token ids exactly."""
 
     def __init__(self, table: torch.Tensor) -> None:
@@ -259,15 +259,14 @@ class _Run:
         logits: torch.Tensor,
         scores: torch.Tensor,
         distinct: list[list[int]],
-    ) -> _Drawn:
+    ) -> _Arriving:
         """Draw and append the next tokens, on the device; the host need not wait for them."""
-        tokens = choose_tokens(scores, self.config.do_sample, distinct)
-        broken = ~scores.amax(-1).isfinite()
-        logprobs = logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(-1)
-        batch.input_ids = torch.cat([batch.input_ids, tokens[:, None]], 1)
+        drawn = draw_tokens(logits, scores, self.config.do_sample, distinct)
+        batch.input_ids = torch.cat([batch.input_ids, drawn.tokens[:, None]], 1)
         done = self.stopping_criteria(batch.input_ids, scores)
-        done = torch.as_tensor(done, device=tokens.device).expand(len(batch))
-        return _Drawn(torch.stack([x.double() for x in (tokens, broken, done, logprobs)]))
+        done = torch.as_tensor(done, device=logits.device).expand(len(batch))
+        columns = (drawn.tokens, drawn.broken, done, drawn.logprobs)
+        return _Arriving(torch.stack([column.double() for column in columns]))
 
     def _run_ahead(self, batch: LiveBatch) -> torch.Tensor | None:
         """Run the next step before the host knows what was drawn, so that the GPU never waits.
@@ -293,7 +292,9 @@ class _Run:
         if excess > 0 and not self.cache.has_states:
             self.cache.crop(-excess)
 
-    def _record(self, batch: LiveBatch, drawn: _Drawn) -> Generator[BranchEvent, None, list[int]]:
+    def _record(
+        self, batch: LiveBatch, drawn: _Arriving
+    ) -> Generator[BranchEvent, None, list[int]]:
         """Wait for what was drawn, book it, and let finished rows go; which rows are left."""
         tokens, broken, done, logprobs = drawn.read()
         if any(broken):
