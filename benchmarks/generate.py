@@ -158,6 +158,7 @@ class Method:
         enable: settings of :func:`enable_tree_attention`, None to leave the model as it is.
         kv_per_row: whether each branch stores its whole prompt.
         for_churn: whether it can fork and prune.
+        most_rows, most_prompt: largest workloads that are measured, for those that take minutes.
         most_seconds: rough time of one measurement at 8B, to leave out what no longer fits.
     """
 
@@ -165,6 +166,8 @@ class Method:
     enable: dict[str, Any] | None = field(default_factory=dict)
     kv_per_row: bool = False
     for_churn: bool = False
+    most_rows: int = 1 << 20
+    most_prompt: int = 1 << 20
     most_seconds: float = 20
 
 
@@ -173,11 +176,17 @@ METHODS = {
     "stock generate, TreeCache, compiled": Method(with_tree, {"compile": True}),
     "stock generate, TreeCache": Method(with_tree, {}),
     "tree_generate": Method(with_tree_generate, {}, for_churn=True),
-    "stock generate, TreeCache, no graphs": Method(with_tree, {"cuda_graphs": False}),
-    "stock generate, DynamicCache": Method(with_dynamic, None, kv_per_row=True, most_seconds=60),
-    "continuous batching": Method(with_batching, None, kv_per_row=True, most_seconds=60),
+    "stock generate, TreeCache, no graphs": Method(
+        with_tree, {"cuda_graphs": False}, most_rows=64, most_prompt=2_000
+    ),
+    "stock generate, DynamicCache": Method(
+        with_dynamic, None, kv_per_row=True, most_rows=64, most_prompt=2_000, most_seconds=45
+    ),
+    "continuous batching": Method(
+        with_batching, None, kv_per_row=True, most_rows=64, most_prompt=2_000, most_seconds=45
+    ),
     "stock generate, static cache, compiled": Method(
-        with_static, None, kv_per_row=True, most_seconds=150
+        with_static, None, kv_per_row=True, most_rows=16, most_prompt=2_000, most_seconds=150
     ),
 }
 
@@ -275,6 +284,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seconds", type=float, default=3_600, help="stop starting after these")
+    parser.add_argument("--append", action="store_true", help="add to the rows of --out")
     parser.add_argument("--largest", action="store_true", help="also the most branches that fit")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -284,8 +294,9 @@ def main() -> None:
     bandwidth = statistics.median(linear_read() for _ in range(3))
     print(f"ceiling: linear read {bandwidth:.2f} TB/s", flush=True)
     result: dict[str, Any] = {"environment": environment(), "linear_read_tb_s": bandwidth}
-    rows: list[dict[str, Any]] = []
-    result["rows"] = rows
+    if arguments.append:
+        result = json.loads(arguments.out.read_text())
+    rows: list[dict[str, Any]] = result.setdefault("rows", [])
 
     def save() -> None:
         if arguments.out:
@@ -302,6 +313,8 @@ def main() -> None:
                 handle = enable_tree_attention(model, **method.enable)
             for work in WORKLOADS[shape]:
                 if work.churn and not method.for_churn:
+                    continue
+                if work.rows > method.most_rows or work.prompt > method.most_prompt:
                     continue
                 row = {
                     "shape": shape,

@@ -66,7 +66,6 @@ def choose_tokens(
             replacement, or the best, second best and so on. Where fewer tokens are possible than
             rows ask, the rest repeat the first.
         generator: draws the samples, default torch's global one.
-        generator: of the random numbers; default the global one.
         probs: softmax of ``scores``, where it is known already.
 
     Returns:
