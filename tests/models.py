@@ -180,7 +180,6 @@ TINY: dict[str, Tiny] = {
             "moe_intermediate_size": 24,
             "first_k_dense_replace": 1,
         },
-        dense=OUTSIDE,
     ),
     "qwen3_next": Tiny(
         "Qwen3NextConfig",

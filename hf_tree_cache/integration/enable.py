@@ -13,6 +13,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import InvalidArgument, UnsupportedModel
+from . import latent
 from .attention import NAME
 from .cache import TreeCache
 from .prepare import Collapsed, Forward, expand_output
@@ -71,6 +72,7 @@ class EnabledTreeAttention:
         self._model = model
         self._previous = [(c, c._attn_implementation_internal) for c in _configs(model)]
         _set_implementation(model)
+        self._deferred = latent.defer_expansions(model)
         if replace_default_cache:
             model._prepare_cache_for_generation = _with_tree_cache(model)
         hooks = _Hooks()
@@ -85,7 +87,8 @@ class EnabledTreeAttention:
             handle.remove()
         for config, implementation in self._previous:
             config._attn_implementation_internal = implementation
-        self._handles, self._previous = [], []
+        latent.undo(self._deferred)
+        self._handles, self._previous, self._deferred = [], [], []
         self._model.__dict__.pop("_prepare_cache_for_generation", None)
 
     def __enter__(self) -> EnabledTreeAttention:

@@ -109,8 +109,12 @@ class PagedKV(_Materialising):
             return self
         return self.dense().to(*args, **kwargs)
 
+    def both(self, reason: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dense keys and values, gathered for ``reason``."""
+        return self.source.dense(reason)
+
     def dense(self) -> torch.Tensor:
-        return self.source.dense(UNKNOWN_READER)[self.which]
+        return self.both(UNKNOWN_READER)[self.which]
 
     def __repr__(self) -> str:
         return f"PagedKV({'values' if self.which else 'keys'}, shape={tuple(self.shape)})"
