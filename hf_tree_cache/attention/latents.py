@@ -114,7 +114,7 @@ class _View:
 
 
 class _Joined(_View):
-    """K is ``[.., 1, R + P]`` and so is V, of which nobody wants the last P: equal dims are fast."""
+    """K is ``[.., 1, R + P]``, and so is V, whose last P nobody wants: equal dims are fast."""
 
     def __init__(self, storage: KVReader) -> None:
         width = storage.spec.k_head_dim + storage.spec.v_head_dim

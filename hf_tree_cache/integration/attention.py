@@ -72,7 +72,6 @@ def tree_attention_forward(
         ``[B, T, Hq, Dv]``, and None for the weights, which are never made.
     """
     if isinstance(key, PagedKV) and isinstance(value, PagedKV) and key.source is value.source:
-        kv = key.source
         window, obstacle = _find_obstacle(module, query, key, attention_mask, dropout, kwargs)
         if obstacle is None:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
