@@ -15,6 +15,7 @@ FLOORS = {
     "errors": 0,
     "env": 0,
     "integration.stats": 0,
+    "integration.pictures": 0,
     "memory.allocator": 1,
     "memory.storage": 1,
     "generation.processors": 1,
