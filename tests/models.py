@@ -244,14 +244,12 @@ TINY: dict[str, Tiny] = {
         "BloomConfig",
         "BloomForCausalLM",
         {**TEXT, "hidden_size": 36, "n_layer": 2, "n_head": 3},
-        dense=OUTSIDE,
         double=False,
     ),
     "gptj": Tiny(
         "GPTJConfig",
         "GPTJForCausalLM",
         {**TEXT, "n_positions": 128, "n_embd": 48, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
-        dense=OUTSIDE,
     ),
     "bart": Tiny(
         "BartConfig",

@@ -56,6 +56,9 @@ class LatentKV(PagedKV):
     def shape(self) -> torch.Size:
         return self.dense().shape
 
+    def operand(self) -> torch.Tensor:
+        return self.dense()
+
     def both(self, reason: str) -> tuple[torch.Tensor, torch.Tensor]:
         return self.expanded.dense(reason)
 
