@@ -37,8 +37,9 @@ def enable_tree_attention(
     - A bare ``TreeCache()`` is configured from the model at its first forward.
     - A forward that fails leaves the cache as it was.
 
-    Models that do not use transformers' attention interface (bloom, falcon, gptj, ...) keep their
-    own attention and read dense copies; the rest of the above holds for them too.
+    Models that do not use transformers' attention interface keep their own attention. Where it
+    multiplies with K and V itself (bloom, gptj, ...) it gets both products from the blocks; others
+    (falcon) read dense copies. The rest of the above holds for them too.
 
     Args:
         model: a transformers model, or a PEFT model around one.
@@ -132,8 +133,12 @@ def _configs(model: PreTrainedModel) -> list[Any]:
 
 def _set_implementation(model: PreTrainedModel) -> None:
     text = model.config.get_text_config(decoder=True)
-    if not model._can_set_attn_implementation() or _keeps_its_attention(model, text.model_type):
-        logger.info("%s has its own attention: TreeCache is read densely.", type(model).__name__)
+    part = model if model._can_set_attn_implementation() else _text_model(model, text)
+    if part is None or _keeps_its_attention(model, text.model_type):
+        logger.info("%s has its own attention.", type(model).__name__)
+        return
+    if part is not model:
+        part.set_attn_implementation(NAME)
         return
     if text is model.config or model.config.is_encoder_decoder:
         model.set_attn_implementation(NAME)
@@ -142,6 +147,13 @@ def _set_implementation(model: PreTrainedModel) -> None:
         (key for key in model.config.sub_configs if getattr(model.config, key) is text), None
     )
     model.set_attn_implementation(NAME if key is None else {key: NAME})
+
+
+def _text_model(model: PreTrainedModel, text: Any) -> PreTrainedModel | None:
+    """The part of ``model`` that takes our attention where the encoder of its pictures cannot."""
+    parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
+    able = (part for part in parts if part is not model and part.config is text)
+    return next((part for part in able if part._can_set_attn_implementation()), None)
 
 
 def _keeps_its_attention(model: PreTrainedModel, model_type: str) -> bool:
