@@ -238,7 +238,6 @@ TINY: dict[str, Tiny] = {
             "new_decoder_architecture": True,
             "num_kv_heads": 2,
         },
-        dense=OUTSIDE,
     ),
     "bloom": Tiny(
         "BloomConfig",

@@ -154,6 +154,8 @@ def multiply_in_place(
     """The product that ``func`` stands for, if its right side can be read in place."""
     if func in _PRODUCTS and len(args) == 2 and not kwargs:
         return _product(*args)
+    if func is torch.nn.functional.scaled_dot_product_attention:
+        return _attend(*args, **kwargs)
     if func in _SUMS:
         named = dict(zip(("input", "batch1", "batch2"), args, strict=False)) | kwargs
         if isinstance(named.get("input"), torch.Tensor) and "out" not in named:
@@ -161,6 +163,38 @@ def multiply_in_place(
             if product is not None:
                 return named["input"] * named.get("beta", 1) + product * named.get("alpha", 1)
     return None
+
+
+def _attend(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor | None:
+    """torch's attention for one query a row, ``[B, H, 1, D]``; None for any other."""
+    if not isinstance(query, torch.Tensor) or query.ndim != 4 or query.shape[2] != 1:
+        return None
+    if is_causal or dropout_p or not (attn_mask is None or isinstance(attn_mask, torch.Tensor)):
+        return None
+    if not (isinstance(key, Multiplied) and isinstance(value, Multiplied)):
+        return None
+    keys = key.operand()
+    if not isinstance(keys, Operand):
+        return None
+    scores = _product(query, keys.transpose(2, 3))
+    if scores is None:
+        return None
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = scores.to(wide) * (query.shape[3] ** -0.5 if scale is None else scale)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return _product(scores.softmax(-1).to(query.dtype), value)
 
 
 def _product(left: Any, right: Any) -> torch.Tensor | None:
