@@ -56,6 +56,7 @@ def handles() -> tuple[Any, Any, torch.Tensor, torch.Tensor, TreeCache]:
 
 
 Q, W = torch.randn(3, 2, 1, 8), torch.randn(3, 2, 1, 71)
+MASK = torch.randn(3, 1, 1, 71) > 0
 FLAT_Q, FLAT_W, BIAS = Q.flatten(0, 1), W.flatten(0, 1), torch.randn(6, 1, 71)
 
 IN_PLACE = {
@@ -104,6 +105,22 @@ def test_read_from_a_dense_copy(name: str, handles: Any) -> None:
     got, want = FROM_DENSE[name](k, v), FROM_DENSE[name](dense_k, dense_v)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
     assert cache.dense_reads
+
+
+def test_one_head_serves_all_queries() -> None:
+    """Multi-query attention, as Falcon's."""
+    torch.manual_seed(3)
+    cache = TreeCache(poison=True)
+    cache.update(torch.randn(1, 1, 70, 8), torch.randn(1, 1, 70, 8), 0)
+    cache.batch_repeat_interleave(3)
+    k, v = cache.update(torch.randn(3, 1, 1, 8), torch.randn(3, 1, 1, 8), 0)
+    q = torch.randn(3, 4, 1, 8)
+    got, flat = scaled_dot_product_attention(q, k, v), torch.matmul(q, k.transpose(2, 3))
+    dense_k, dense_v = cache.layers[0].keys, cache.layers[0].values
+    want = scaled_dot_product_attention(q, dense_k, dense_v)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(flat, q @ dense_k.transpose(2, 3))
+    assert not cache.dense_reads
 
 
 def test_an_operand_says_what_it_is(handles: Any) -> None:

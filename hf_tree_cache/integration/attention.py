@@ -29,6 +29,7 @@ KNOWN_KWARGS = frozenset(
         "output_hidden_states",
         "output_router_logits",
         "return_dict",
+        "logits_to_keep",
         "is_causal",
         "cu_seq_lens_q",
         "cu_seq_lens_k",

@@ -120,12 +120,17 @@ class Operand(Multiplied):
             if left.ndim != 3 or left.shape[0] != batch * heads:
                 return None
             left = left.unflatten(0, (batch, heads))
+        spread = left.shape[1:3] if heads == 1 and left.ndim == 4 else None
+        if spread is not None:  # one head for all queries
+            left = left.flatten(1, 2)[:, None]
         if left.ndim != 4 or left.shape[:2] != (batch, heads):
             return None
         if left.shape[3] != (dim if which == 0 else length):
             return None
         where = left, source.storage, source.layer, source.step.plan
         out = times_values(*where) if which else times_keys(*where, length)
+        if spread is not None:
+            out = out[:, 0].unflatten(1, spread)
         return source.guard(out.flatten(0, 1) if self.flat else out)
 
     def dense(self) -> torch.Tensor:
