@@ -37,9 +37,9 @@ def enable_tree_attention(
     - A bare ``TreeCache()`` is configured from the model at its first forward.
     - A forward that fails leaves the cache as it was.
 
-    Models that do not use transformers' attention interface keep their own attention. Where it
-    multiplies with K and V itself (bloom, gptj, ...) it gets both products from the blocks; others
-    (falcon) read dense copies. The rest of the above holds for them too.
+    Models that do not use transformers' attention interface (bloom, falcon, gptj, ...) keep their
+    own attention, whose products read the blocks in place; the rest of the above holds for them
+    too.
 
     Args:
         model: a transformers model, or a PEFT model around one.
