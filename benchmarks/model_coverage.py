@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hf_tree_cache import TreeCache, TreeCacheError, enable_tree_attention
 from hf_tree_cache.env import environment
-from hf_tree_cache.integration import attention
+from hf_tree_cache.integration import attention, operands
 from hf_tree_cache.integration.layers import HybridPagedLayer, PagedLayer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -195,6 +195,13 @@ OURS = (
     getattr(cache_utils, "DummyLayer", PagedLayer),  # since transformers 5.23
 )
 """Layers whose rows share K/V, have only a state, or have nothing."""
+
+IN_PLACE = (
+    (attention, "run_tree_attention"),
+    (attention, "tree_attention_latents"),
+    (operands, "times_keys"),
+)
+"""Whatever reads blocks where they are."""
 
 NOT_ALONE = {
     **dict.fromkeys(("musicgen", "musicgen_melody"), "codes of sound, in a generate of its own"),
@@ -383,22 +390,27 @@ class Seen:
 
 @contextmanager
 def watch(seen: Seen) -> Iterator[None]:
-    """Note what reaches the attention over blocks."""
-    original = attention.run_tree_attention
+    """Note what is read from blocks in place."""
+    originals = {where: getattr(*where) for where in IN_PLACE}
 
-    def spy(*args: Any, **options: Any) -> Any:
-        seen.calls += 1
-        if options.get("window") is not None:
-            seen.windows.add(options["window"].kind)
-        seen.softcap |= options.get("softcap") is not None
-        seen.sinks |= options.get("sinks") is not None
-        return original(*args, **options)
+    def spy(read: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any, **options: Any) -> Any:
+            seen.calls += 1
+            if options.get("window") is not None:
+                seen.windows.add(options["window"].kind)
+            seen.softcap |= options.get("softcap") is not None
+            seen.sinks |= options.get("sinks") is not None
+            return read(*args, **options)
 
-    attention.run_tree_attention = spy
+        return noted
+
+    for (module, name), read in originals.items():
+        setattr(module, name, spy(read))
     try:
         yield
     finally:
-        attention.run_tree_attention = original
+        for (module, name), read in originals.items():
+            setattr(module, name, read)
 
 
 def evaluate(name: str) -> Result:
@@ -679,7 +691,8 @@ def page(report: dict[str, Any]) -> str:
         "`enable_tree_attention` and a `TreeCache`, and with transformers' own cache. Tokens must",
         f"be equal, and logits to {TOLERANCE:g} of the largest; so must those of a model that is",
         "enabled and uses transformers' own cache. Only text: no pictures, no sound. `make models`",
-        "writes this page (`benchmarks/model_coverage.py`).",
+        "writes this page (`benchmarks/model_coverage.py`). On a GPU the fused kernel reads; torch",
+        "reads latents, and for models with an attention of their own.",
         "",
         "| verdict | architectures | meaning |",
         "| :-- | --: | :-- |",

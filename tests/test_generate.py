@@ -1252,7 +1252,7 @@ class Walk:
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "deepseek_v3"])
 def test_random_walk(name: str, seed: int) -> None:
     with enabled(model(name)):
         walk = Walk(model(name), seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from models import TINY, build, prompts
 from transformers import DynamicCache
 
@@ -146,3 +147,26 @@ def test_a_runner_of_branches_equals_generate():
             tokens[:, :prompt], do_sample=False, max_new_tokens=tokens.shape[1] - prompt
         )
         assert tokens.tolist() == alone.tolist()
+
+
+@pytest.mark.parametrize("second", ["cpu", "cuda:1"])
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3", "bloom"])
+def test_layers_on_two_devices(name, second):
+    """As `device_map` does: accelerate's hooks take a layer's arguments to its device and back."""
+    if second == "cuda:1" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    inputs = on_gpu(prompts(name))
+    theirs = run(build(name).cuda(), inputs, **MODES["sampled"])
+    model = build(name).cuda()
+    layers = model.transformer.h if name == "bloom" else model.model.layers
+    hook = AlignDevicesHook(
+        second, io_same_device=True, skip_keys=["past_key_values", "layer_past"]
+    )
+    add_hook_to_module(layers[1].to(second), hook)
+    cache = TreeCache(poison=True, block_size=4)
+    with enable_tree_attention(model):
+        ours = run(model, inputs, past_key_values=cache, **MODES["sampled"])
+    cache.check_integrity()
+    assert {layer.storage.spec.device.type for layer in cache.layers} >= {torch.device(second).type}
+    assert ours.sequences.tolist() == theirs.sequences.tolist()
+    assert (torch.stack(ours.logits) - torch.stack(theirs.logits)).abs().max() < 1e-4

@@ -5,12 +5,15 @@ Each failure says which module of ours to look at.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import COLUMNS, build, model, one_thread, prompts
 from torch import nn
 from transformers import (
@@ -26,8 +29,11 @@ from transformers import (
     masking_utils,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
 
 from hf_tree_cache import TreeCache, enable_tree_attention
+from hf_tree_cache.integration import pictures
 from hf_tree_cache.integration.attention import NAME, tree_attention_forward, tree_attention_mask
 from hf_tree_cache.integration.layers import HybridPagedLayer, PagedLayer
 
@@ -435,6 +441,92 @@ def test_hooks_run_after_a_failure() -> None:
     assert seen == [((), {"value": 3}, None)]
 
 
+def test_part_of_a_model_takes_another_attention_alone() -> None:
+    """Of a model with pictures only the text becomes ours: see _set_implementation in enable.py."""
+    each = build("llava")
+    before = each.config.vision_config._attn_implementation
+    each.set_attn_implementation({"text_config": NAME})
+    assert each.config.text_config._attn_implementation == NAME
+    assert each.config.vision_config._attn_implementation == before
+    assert each.model.language_model.config._attn_implementation == NAME
+
+
+def test_sparse_attention_asks_for_implementations_in_words_that_we_find() -> None:
+    """Sparse layers pass indices where the name is not "eager" or "sdpa": _keeps_its_attention."""
+    modeling = importlib.import_module("transformers.models.deepseek_v32.modeling_deepseek_v32")
+    assert "_attn_implementation in (" in inspect.getsource(modeling), (
+        "deepseek_v32 chooses its mask in other words: see _keeps_its_attention in enable.py"
+    )
+
+
+def test_outputs_can_be_written_by_key() -> None:
+    """Rows that were computed once get their outputs back: see expand_output in prepare.py."""
+    output = CausalLMOutputWithPast(logits=torch.zeros(1, 2, 3), hidden_states=(torch.ones(1, 2),))
+    assert list(output.keys()) == ["logits", "hidden_states"]
+    output["logits"] = torch.ones(2, 2, 3)
+    assert torch.equal(output.logits, output["logits"]) and len(output[0]) == 2
+
+
+def test_the_logger_warns_once() -> None:
+    assert callable(logging.get_logger("hf_tree_cache").warning_once), "see _note_dense in cache.py"
+
+
+LATENTS = (
+    "axk1",
+    "bailing_hybrid",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe_lite",
+    "kimi_linear",
+    "longcat_flash",
+    "minicpm3",
+    "mistral4",
+    "youtu",
+)
+
+
+def latent_layer(name: str) -> type:
+    path = f"transformers.models.{name}.modeling_{name}"
+    try:
+        classes = vars(importlib.import_module(path)).values()
+    except ModuleNotFoundError:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    found = [each for each in classes if isinstance(each, type) and hasattr(each, "expand_kv")]
+    assert len(found) == 1, f"{name} has {len(found)} layers with expand_kv: see latent.py"
+    return found[0]
+
+
+@pytest.mark.parametrize("name", LATENTS)
+def test_layers_expand_what_they_cache_in_a_method_of_their_own(name: str) -> None:
+    """DeferredExpansion in integration/latent.py takes this method's place."""
+    kind = latent_layer(name)
+    assert_takes(kind.expand_kv, "self kv_nope k_rot", "integration/latent.py")
+    source = inspect.getsource(kind.forward)
+    stored, expanded = source.find("past_key_values.update("), source.find("self.expand_kv(")
+    assert 0 < stored < expanded, f"{name} no longer expands what update returned"
+    attributes = inspect.getsource(kind.__init__)
+    for needed in ("kv_b_proj", "qk_nope_head_dim", "v_head_dim"):
+        assert f"self.{needed} = " in attributes, f"{name} has no {needed}: see latent.py"
+
+
+@pytest.mark.parametrize("name", LATENTS)
+def test_expanding_is_the_product_that_we_absorb(name: str) -> None:
+    """K is its first rows and the rotary part, V its last rows: see attention/latents.py."""
+    heads, k_dim, v_dim, rank, rotary = 3, 5, 7, 11, 4
+    projection = nn.Linear(rank, heads * (k_dim + v_dim), bias=False)
+    layer = SimpleNamespace(
+        kv_b_proj=projection, qk_nope_head_dim=k_dim, v_head_dim=v_dim, qk_rope_head_dim=rotary
+    )
+    latents, turned = torch.randn(2, 1, 6, rank), torch.randn(2, 1, 6, rotary)
+    with torch.no_grad():
+        k, v = latent_layer(name).expand_kv(layer, latents, turned)
+        weight = projection.weight.view(heads, k_dim + v_dim, rank)
+        want = torch.einsum("bolr,hdr->bhld", latents, weight)
+    torch.testing.assert_close(k[..., :k_dim], want[..., :k_dim])
+    torch.testing.assert_close(k[..., k_dim:], turned.expand(-1, heads, -1, -1))
+    torch.testing.assert_close(v, want[..., k_dim:])
+
+
 # Generation
 
 
@@ -502,6 +594,40 @@ def test_prefill_slices_what_is_cached_and_returns_the_last_logits() -> None:
     longer = torch.cat([ids, ids[:, :1]], 1)
     step = llama.prepare_inputs_for_generation(longer, next_sequence_length=1, **grown)
     assert step["input_ids"].shape == (1, 1) and step["past_key_values"] is cache
+
+
+def test_generate_puts_the_cache_it_makes_into_the_arguments() -> None:
+    """``replace_default_cache`` replaces it there: see _with_tree_cache in enable.py."""
+    llama, arguments = model("llama"), {}
+    config = llama.generation_config
+    assert not config.is_assistant
+    llama._prepare_cache_for_generation(config, arguments, "sample", 1, 20)
+    assert type(arguments["past_key_values"]) is DynamicCache
+    assert arguments["past_key_values"].offloading is False
+
+
+def test_pictures_come_under_names_that_we_know() -> None:
+    """As one entry for each row, raw or encoded by generate: see integration/pictures.py."""
+    seen = []
+    spy = build("llava")
+    spy.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(dict(kwargs)), with_kwargs=True
+    )
+    spy.generate(
+        **prompts("llava", num_rows=1), do_sample=True, num_return_sequences=3, max_new_tokens=2
+    )
+    shown = {key for key, value in seen[0].items() if key in pictures.NAMES and value is not None}
+    floats = {
+        key
+        for key, value in seen[0].items()
+        if isinstance(value, dict) or (torch.is_tensor(value) and value.is_floating_point())
+    }
+    assert len(shown) == 1 and floats == shown, f"{floats}: see NAMES in integration/pictures.py"
+    cut = pictures.of_one_row(seen[0], 3)
+    assert cut is not None, f"{shown} is not three times the same: see integration/pictures.py"
+    (value,) = cut.values()
+    features = value["image"].pooler_output if isinstance(value, dict) else value
+    assert len(features) == 1
 
 
 def test_beams_reorder_the_cache_in_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,25 @@ from __future__ import annotations
 
 import gc
 import random
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import psutil
+import pytest
 import torch
+from models import build, one_thread, prompts
 
-from hf_tree_cache import TreeCache
+from hf_tree_cache import (
+    ForkOnEntropy,
+    OutOfBlocks,
+    PruneByRank,
+    TreeCache,
+    enable_tree_attention,
+    tree_generate,
+)
+
+__all__ = ["one_thread"]  # a fixture for all of this file
 
 STEPS = 20_000
 SAMPLE_EVERY = 4_000
@@ -90,3 +104,126 @@ def test_twenty_thousand_steps_leave_nothing_behind() -> None:
     assert (after["nodes"], after["tips"]) == (0, 0)
     assert cache.stats().blocks == 0
     cache.check_integrity()
+
+
+class Broken(RuntimeError):
+    pass
+
+
+def fails_at(call: int) -> Callable[..., Any]:
+    """A hook or a processor that raises when it is called for the n-th time."""
+    left = iter(range(call - 1, -1, -1))
+
+    def fail(*arguments: Any) -> Any:
+        if next(left, 1) == 0:
+            raise Broken
+        return arguments[1] if len(arguments) == 2 else None
+
+    return fail
+
+
+def failing_processor(model: Any, inputs: Any, **options: Any) -> None:
+    model.generate(**inputs, logits_processor=[fails_at(5)], **options)
+
+
+def failing_layer(model: Any, inputs: Any, **options: Any) -> None:
+    handle = model.model.layers[1].mlp.register_forward_hook(fails_at(4))
+    try:
+        model.generate(**inputs, **options)
+    finally:
+        handle.remove()
+
+
+def too_few_blocks(model: Any, inputs: Any, **options: Any) -> None:
+    model.generate(**inputs, **{**options, "past_key_values": TreeCache(max_blocks=9)})
+
+
+def failing_policy(model: Any, inputs: Any, **options: Any) -> None:
+    model.generate(
+        **inputs,
+        **options,
+        custom_generate=tree_generate,
+        branching=[ForkOnEntropy(0.5, children=2), PruneByRank(3, every=3)],
+        logits_processor=[fails_at(6)],
+        max_branches=6,
+    )
+
+
+def branching(model: Any, inputs: Any, **options: Any) -> None:
+    model.generate(
+        **inputs,
+        **options,
+        custom_generate=tree_generate,
+        branching=[ForkOnEntropy(0.5, children=2), PruneByRank(3, every=3)],
+        max_branches=6,
+    )
+
+
+def plain(model: Any, inputs: Any, **options: Any) -> None:
+    model.generate(**inputs, **options)
+
+
+CALLS: list[tuple[Callable[..., None], type[Exception] | None, dict[str, Any]]] = [
+    (plain, None, {"do_sample": True, "num_return_sequences": 3}),
+    (failing_processor, Broken, {"do_sample": True, "num_return_sequences": 3}),
+    (plain, None, {"num_beams": 3, "do_sample": False}),
+    (failing_layer, Broken, {"num_beams": 3, "do_sample": False}),
+    (branching, None, {"do_sample": True}),
+    (failing_policy, Broken, {"do_sample": True}),
+    (too_few_blocks, OutOfBlocks, {"do_sample": True, "num_return_sequences": 3}),
+]
+
+
+ROUNDS = 10
+"""70 calls, of which the first two rounds warm up the allocators and caches below us."""
+
+
+def generate_on_and_on(model: Any, inputs: Any, cache: TreeCache | None) -> None:
+    """Each of `CALLS` once, most of them failing in the middle.
+
+    Args:
+        cache: used for all of them, reset in between; else each has one of its own.
+    """
+    for call, error, options in CALLS:
+        used = TreeCache() if cache is None else cache
+        options = {"max_new_tokens": 8, "past_key_values": used, **options}
+        with nullcontext() if error is None else pytest.raises(error):
+            call(model, inputs, **options)
+        used.check_integrity()
+        used.reset()
+        assert used.stats().blocks == 0
+
+
+@pytest.mark.parametrize("reused", [False, True], ids=["a cache each", "one cache"])
+def test_generates_with_errors_in_the_middle_leave_nothing_behind(reused: bool) -> None:
+    process, model, inputs = psutil.Process(), build("llama"), prompts()
+    cache = TreeCache() if reused else None
+    resident, objects, tensors = [], [], []
+    with enable_tree_attention(model):
+        for _ in range(ROUNDS):
+            generate_on_and_on(model, inputs, cache)
+            gc.collect()
+            kinds = list(map(type, gc.get_objects()))
+            objects.append(len(kinds))
+            tensors.append(sum(issubclass(kind, torch.Tensor) for kind in kinds))
+            resident.append(process.memory_info().rss)
+    assert max(tensors[2:]) == tensors[2], tensors
+    assert max(objects[2:]) - objects[2] < 200, objects
+    assert max(resident[2:]) - resident[2] < SLACK, resident
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reused", [False, True], ids=["a cache each", "one cache"])
+def test_generates_with_errors_in_the_middle_hold_device_memory(reused: bool) -> None:
+    model = build("llama").cuda()
+    inputs = {key: value.cuda() for key, value in prompts().items()}
+    cache = TreeCache() if reused else None
+    allocated, reserved = [], []
+    with enable_tree_attention(model):
+        for _ in range(ROUNDS):
+            generate_on_and_on(model, inputs, cache)
+            gc.collect()
+            allocated.append(torch.cuda.memory_allocated())
+            reserved.append(torch.cuda.memory_reserved())
+    assert max(allocated[2:]) == allocated[2], allocated
+    assert max(reserved[2:]) == reserved[2], reserved

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from ..memory.storage import KVStorage, SlabIndex
+from ..memory.storage import KVReader, SlabIndex
 from .plan import TreeAttentionPlan, Window
 
 
 def tree_attention_reference(
     q: torch.Tensor,
-    storage: KVStorage,
+    storage: KVReader,
     layer: int,
     plan: TreeAttentionPlan,
     *,

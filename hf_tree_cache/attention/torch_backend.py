@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..memory.storage import KVStorage, SlabIndex
+from ..memory.storage import KVReader, SlabIndex
 from .plan import Run, TreeAttentionPlan, Window
 
 MAX_SCORES = 1 << 25
@@ -17,7 +17,7 @@ MAX_SCORES = 1 << 25
 
 def tree_attention_torch(
     q: torch.Tensor,
-    storage: KVStorage,
+    storage: KVReader,
     layer: int,
     plan: TreeAttentionPlan,
     *,
@@ -82,7 +82,7 @@ class _Columns:
     window: Window | None
     softcap: float | None
 
-    def attend(self, storage: KVStorage, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(self, storage: KVReader, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """``out [B, Hkv, G, T, Dv]`` and ``lse [B, Hkv, G, T]``."""
         out, lse = self._tails(storage, layer)
         for run in self.plan.runs:
@@ -99,7 +99,7 @@ class _Columns:
             lse.masked_fill_(padding, -torch.inf)
         return out, lse
 
-    def _tails(self, storage: KVStorage, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _tails(self, storage: KVReader, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """All tails, padded to the longest: ``[B, Hkv, G, T, Dv]`` and ``[B, Hkv, G, T]``."""
         if not self.plan.max_tail:
             shape, dtype = self.q.shape[:4], torch.promote_types(self.q.dtype, torch.float32)
@@ -113,7 +113,7 @@ class _Columns:
         out, lse = self._product(self.q.flatten(2, 3), k, v, hidden)
         return out.unflatten(2, self.q.shape[2:4]), lse.unflatten(2, self.q.shape[2:4])
 
-    def _run(self, storage: KVStorage, layer: int, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+    def _run(self, storage: KVReader, layer: int, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
         """Partial ``[R, Hkv, G, T, Dv]`` and ``[R, Hkv, G, T]`` of the R rows of ``run``."""
         device = storage.spec.device
         index = self.plan.scratch.get((run, device))
@@ -152,7 +152,7 @@ class _Columns:
         ends = torch.tensor([self.plan.lengths[row] for row in rows])[:, None]
         return ends - self.plan.num_new + self.first + torch.arange(self.q.shape[3])
 
-    def _padding(self, storage: KVStorage) -> torch.Tensor | None:
+    def _padding(self, storage: KVReader) -> torch.Tensor | None:
         """``[B, 1, 1, T]`` bool, true on columns before a row's new tokens; None where none is."""
         if min(self.plan.counts) == self.plan.num_new:
             return None
@@ -169,7 +169,7 @@ class _Columns:
         return self.plan.scratch[key]
 
 
-def _read_tails(columns: _Columns, storage: KVStorage) -> tuple[SlabIndex, _Hidden | None]:
+def _read_tails(columns: _Columns, storage: KVReader) -> tuple[SlabIndex, _Hidden | None]:
     """Slots of the padded tails, B * L of them, and what their queries must not see."""
     plan, size, device = columns.plan, columns.plan.block_size, storage.spec.device
     width = plan.max_tail
@@ -191,7 +191,7 @@ def _read_tails(columns: _Columns, storage: KVStorage) -> tuple[SlabIndex, _Hidd
     return index, _Hidden(_for_groups(hidden, columns.q.shape[2]).to(device), None)
 
 
-def _read_run(columns: _Columns, storage: KVStorage, run: Run) -> _Hidden | None:
+def _read_run(columns: _Columns, storage: KVReader, run: Run) -> _Hidden | None:
     """What the window hides of ``run``; None when nothing."""
     if columns.window is None:
         return None
@@ -205,7 +205,7 @@ def _read_run(columns: _Columns, storage: KVStorage, run: Run) -> _Hidden | None
     return _Hidden(stacked, stacked.all(-1))
 
 
-def _read_padding(columns: _Columns, storage: KVStorage) -> torch.Tensor:
+def _read_padding(columns: _Columns, storage: KVReader) -> torch.Tensor:
     new = columns.plan.num_new - torch.tensor(columns.plan.counts)[:, None]
     column = columns.first + torch.arange(columns.q.shape[3])
     return (column < new)[:, None, None].to(storage.spec.device)

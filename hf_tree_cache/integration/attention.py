@@ -11,9 +11,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..attention.dispatch import run_tree_attention
+from ..attention.latents import tree_attention_latents
 from ..attention.plan import Window
 from ..errors import UnsupportedModel
-from .handles import CompiledKV, LayerKV, PagedKV, TreeMask
+from .handles import CompiledKV, PagedKV, TreeMask
+from .latent import LatentKV
 
 NAME = "tree_attention"
 """``attn_implementation`` of a model that reads a TreeCache in place."""
@@ -27,6 +29,7 @@ KNOWN_KWARGS = frozenset(
         "output_hidden_states",
         "output_router_logits",
         "return_dict",
+        "logits_to_keep",
         "is_causal",
         "cu_seq_lens_q",
         "cu_seq_lens_k",
@@ -78,30 +81,15 @@ def tree_attention_forward(
         return out, None
     assert not isinstance(value, CompiledKV)
     if isinstance(key, PagedKV) and isinstance(value, PagedKV) and key.source is value.source:
-        kv = key.source
-        window, obstacle = _find_obstacle(module, query, kv, attention_mask, dropout, kwargs)
+        window, obstacle = _find_obstacle(module, query, key, attention_mask, dropout, kwargs)
         if obstacle is None:
-            out = _attend(
-                kv,
-                query.detach(),
-                scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-                window=window,
-                softcap=softcap,
-                sinks=s_aux,
-            )
-            return kv.guard(out).transpose(1, 2), None
-        key, value = kv.dense(obstacle)
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            out = _attend(query, key, scale, window, softcap, s_aux)
+            return out.transpose(1, 2), None
+        key, value = key.both(obstacle)
     return _dense_attention(
         module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, kwargs
     )
-
-
-def _attend(kv: LayerKV, query: torch.Tensor, **arguments: Any) -> torch.Tensor:
-    if kv.attend is not None:
-        return kv.attend(kv, query, **arguments)
-    plan = kv.step.plan
-    out, _ = run_tree_attention(query, kv.storage, kv.layer, plan, backend=kv.backend, **arguments)
-    return out
 
 
 def tree_attention_mask(**arguments: Any) -> TreeMask | None:
@@ -129,16 +117,46 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, tree_attention_mask)
 
 
+def _attend(
+    query: torch.Tensor,
+    key: PagedKV,
+    scale: float,
+    window: Window | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """``[B, Hq, T, Dv]``, from the blocks in place."""
+    kv, q = key.source, query.detach()
+    where = q, kv.storage, kv.layer, kv.step.plan
+    if isinstance(key, LatentKV):
+        out, _ = tree_attention_latents(
+            *where,
+            key.expanded.expansion(q.shape[1]),
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            reference=kv.backend == "reference",
+        )
+        return kv.guard(out, query, *key.expanded.weights)
+    if kv.attend is not None:
+        return kv.attend(kv, q, scale=scale, window=window, softcap=softcap, sinks=sinks)
+    out, _ = run_tree_attention(
+        *where, backend=kv.backend, scale=scale, window=window, softcap=softcap, sinks=sinks
+    )
+    return kv.guard(out, query)
+
+
 def _find_obstacle(
     module: nn.Module,
     query: torch.Tensor,
-    kv: LayerKV,
+    key: PagedKV,
     mask: torch.Tensor | TreeMask | None,
     dropout: float,
     kwargs: dict[str, Any],
 ) -> tuple[Window | None, str | None]:
     """(window, why the blocks cannot be read in place; None when they can)."""
-    step = kv.step
+    kv, step = key.source, key.source.step
     if step.fresh:
         return None, "no past"
     if not step.alive:
@@ -150,7 +168,16 @@ def _find_obstacle(
         return None, "dropout"
     num_rows, num_q_heads, num_new, head_dim = query.shape
     spec = kv.storage.spec
-    if query.dtype != spec.dtype or head_dim != spec.k_head_dim or num_q_heads % spec.num_kv_heads:
+    if isinstance(key, LatentKV):
+        if kv.attend is not None:
+            return None, "latents"
+        if step.plan.deterministic:
+            return None, "latents and deterministic"
+        if query.dtype != spec.dtype or torch.is_autocast_enabled(query.device.type):
+            return None, "query of another kind"
+    elif (
+        query.dtype != spec.dtype or head_dim != spec.k_head_dim or num_q_heads % spec.num_kv_heads
+    ):
         return None, "query of another kind"
     if (num_rows, num_new) != (len(step.counts), step.num_new):
         return None, "query of another shape"

@@ -16,6 +16,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import InvalidArgument, UnsupportedModel
+from . import latent
 from .adapters import active_adapters
 from .attention import NAME
 from .cache import TreeCache
@@ -50,7 +51,8 @@ def enable_tree_attention(
     - A cache that was filled under other PEFT adapters is refused.
 
     Models that do not use transformers' attention interface (bloom, falcon, gptj, ...) keep their
-    own attention and read dense copies; the rest of the above holds for them too.
+    own attention, whose products read the blocks in place; the rest of the above holds for them
+    too.
 
     Args:
         model: a transformers model, or a PEFT model around one.
@@ -108,6 +110,7 @@ class EnabledTreeAttention:
         self._forward = model.__dict__.get("forward")
         self._previous = [(c, c._attn_implementation_internal) for c in _configs(model)]
         _set_implementation(model)
+        self._deferred = latent.defer_expansions(model)
         if replace_default_cache:
             model._prepare_cache_for_generation = _with_tree_cache(model)
         self._graphs = graphs
@@ -133,7 +136,8 @@ class EnabledTreeAttention:
                 self._model.forward = self._forward
             if self._graphs is not None:
                 self._graphs.close()
-        self._handles, self._previous = [], []
+        latent.undo(self._deferred)
+        self._handles, self._previous, self._deferred = [], [], []
 
     def __enter__(self) -> EnabledTreeAttention:
         return self
@@ -218,8 +222,12 @@ def _configs(model: PreTrainedModel) -> list[Any]:
 
 def _set_implementation(model: PreTrainedModel) -> None:
     text = model.config.get_text_config(decoder=True)
-    if not model._can_set_attn_implementation() or _keeps_its_attention(model, text.model_type):
-        logger.info("%s has its own attention: TreeCache is read densely.", type(model).__name__)
+    part = model if model._can_set_attn_implementation() else _text_model(model, text)
+    if part is None or _keeps_its_attention(model, text.model_type):
+        logger.info("%s has its own attention.", type(model).__name__)
+        return
+    if part is not model:
+        part.set_attn_implementation(NAME)
         return
     if text is model.config or model.config.is_encoder_decoder:
         model.set_attn_implementation(NAME)
@@ -228,6 +236,13 @@ def _set_implementation(model: PreTrainedModel) -> None:
         (key for key in model.config.sub_configs if getattr(model.config, key) is text), None
     )
     model.set_attn_implementation(NAME if key is None else {key: NAME})
+
+
+def _text_model(model: PreTrainedModel, text: Any) -> PreTrainedModel | None:
+    """The part of ``model`` that takes our attention where the encoder of its pictures cannot."""
+    parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
+    able = (part for part in parts if part is not model and part.config is text)
+    return next((part for part in able if part._can_set_attn_implementation()), None)
 
 
 def _keeps_its_attention(model: PreTrainedModel, model_type: str) -> bool:

@@ -6,7 +6,6 @@ gets the dense tensor, made on the spot, so a model that works on K/V itself is 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -15,67 +14,12 @@ import torch
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..attention.plan import Window
+from .materialising import Materialising
+from .operands import Multiplied, Operand
 from .step import UNKNOWN_READER, LayerKV
 
 
-class _Materialising:
-    """Becomes its :meth:`dense` tensor as soon as anyone uses it as one."""
-
-    def dense(self) -> torch.Tensor:
-        raise NotImplementedError
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: tuple[type, ...],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        def unwrap(value: Any) -> Any:
-            if isinstance(value, _Materialising):
-                return value.dense()
-            if isinstance(value, (list, tuple)):
-                return type(value)(unwrap(item) for item in value)
-            return value
-
-        return func(*unwrap(args), **{key: unwrap(value) for key, value in (kwargs or {}).items()})
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.dense(), name)
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        return self.dense()[index]
-
-    def __len__(self) -> int:
-        return len(self.dense())
-
-
-def _forward_operator(name: str) -> Callable[..., Any]:
-    apply = getattr(operator, name)
-
-    def method(self: _Materialising, *others: Any) -> Any:
-        others = tuple(o.dense() if isinstance(o, _Materialising) else o for o in others)
-        return apply(self.dense(), *others)
-
-    return method
-
-
-def _reflected_operator(name: str) -> Callable[..., Any]:
-    apply = getattr(operator, name)
-    return lambda self, other: apply(other, self.dense())
-
-
-for _name in ("add", "sub", "mul", "truediv", "matmul", "and_", "or_"):
-    setattr(_Materialising, f"__{_name.strip('_')}__", _forward_operator(_name))
-    setattr(_Materialising, f"__r{_name.strip('_')}__", _reflected_operator(_name))
-for _name in ("neg", "invert", "lt", "le", "gt", "ge"):
-    setattr(_Materialising, f"__{_name}__", _forward_operator(_name))
-
-
-class PagedKV(_Materialising):
+class PagedKV(Multiplied):
     """The keys (``which`` 0) or values (1) of one layer, not gathered. ``[B, Hkv, L, D]``."""
 
     def __init__(self, source: LayerKV, which: int) -> None:
@@ -103,14 +47,37 @@ class PagedKV(_Materialising):
         return self.shape if dim is None else self.shape[dim]
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Itself when it is there already: shared-KV layers pass handles on. Else a tensor."""
+        """Itself when it is there already: shared-KV layers pass handles on."""
         devices = [a for a in (*args, *kwargs.values()) if isinstance(a, (torch.device, str))]
         if len(devices) == len(args) + len(kwargs) and torch.device(devices[0]) == self.device:
             return self
+        if len(args) == 1 and not kwargs and isinstance(args[0], torch.dtype):
+            return self.operand().to(args[0])
         return self.dense().to(*args, **kwargs)
 
+    def operand(self) -> Any:
+        """What a model that attends by itself multiplies with: an :class:`Operand`, or a tensor."""
+        step = self.source.step
+        if self.source.attend is not None or step.fresh or not step.alive:
+            return self.dense()
+        if torch.is_autocast_enabled(self.device.type):
+            return self.dense()
+        return Operand(self, self.dtype)
+
+    def transpose(self, dim0: int, dim1: int) -> Any:
+        return self.operand().transpose(dim0, dim1)
+
+    def reshape(self, *shape: Any) -> Any:
+        return self.operand().reshape(*shape)
+
+    view = reshape
+
+    def both(self, reason: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dense keys and values, gathered for ``reason``."""
+        return self.source.dense(reason)
+
     def dense(self) -> torch.Tensor:
-        return self.source.dense(UNKNOWN_READER)[self.which]
+        return self.both(UNKNOWN_READER)[self.which]
 
     def __repr__(self) -> str:
         return f"PagedKV({'values' if self.which else 'keys'}, shape={tuple(self.shape)})"
@@ -134,7 +101,7 @@ class CompiledKV:
         self.number = number
 
 
-class TreeMask(_Materialising):
+class TreeMask(Materialising):
     """A mask that nobody has needed as a tensor yet.
 
     Args:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import InvalidArgument
+from . import pictures
 from .cache import TreeCache
 
 
@@ -141,6 +142,11 @@ class Forward:
             inverse.append(computed[content])
         if len(first) == num_rows:
             return None
+        if any(self.kwargs.get(name) is not None for name in pictures.NAMES):
+            cut = pictures.of_one_row(self.kwargs, num_rows) if len(first) == 1 else None
+            if cut is None:
+                return None
+            self.kwargs.update(cut)
         for name, (value, dim) in batched.items():
             index = torch.tensor(first, device=value.device)
             self.kwargs[name] = value.index_select(dim, index)
@@ -156,11 +162,13 @@ class Forward:
             return None
         batched = {}
         for name, value in self.kwargs.items():
+            if name in pictures.NAMES:
+                continue
             if isinstance(value, (Mapping, list, tuple)) and value:
                 return None
             if not isinstance(value, torch.Tensor):
                 continue
-            # Pictures and the like: which row they belong to, only the model knows.
+            # Sound and the like: which row it belongs to, only the model knows.
             if value.is_floating_point():
                 return None
             dim = _batch_dim(name, value, num_rows)

@@ -182,10 +182,16 @@ class LayerKV:
             self._dense = self.guard(keys), self.guard(values)
         return self._dense
 
-    def guard(self, tensor: torch.Tensor) -> torch.Tensor:
-        """``tensor``, made of stored K/V: a backward through it says why there is no gradient."""
-        if torch.is_grad_enabled() and self.new[0].requires_grad:
-            return _WithoutGradient.apply(tensor, self.new[0])
+    def guard(self, tensor: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        """``tensor``, made of stored K/V: a backward through it says why there is no gradient.
+
+        Args:
+            others: what else it was made of without a gradient.
+        """
+        if torch.is_grad_enabled():
+            for source in (*self.new, *others):
+                if source.requires_grad:
+                    return _WithoutGradient.apply(tensor, source)
         return tensor
 
 

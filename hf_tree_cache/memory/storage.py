@@ -7,6 +7,7 @@ import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -87,6 +88,18 @@ class SlabIndex:
             where = (slabs == number).nonzero().squeeze(1)
             parts.append((number, (whole[where] - number * slab_size).to(device), where.to(device)))
         return cls(tuple(parts), count)
+
+
+class KVReader(Protocol):
+    """What an attention backend in torch needs of a :class:`KVStorage`, which documents it."""
+
+    spec: KVSpec
+    block_size: int
+    slab_blocks: int
+
+    def gather_blocks(self, layer: int, blocks: SlabIndex) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def gather_slots(self, layer: int, slots: SlabIndex) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 class KVStorage:

@@ -1,0 +1,149 @@
+"""Attention over latents (MLA): absorbed into queries and results, or each run expanded once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..memory.storage import KVReader, KVSpec, SlabIndex
+from .plan import TreeAttentionPlan, Window
+from .reference import tree_attention_reference
+from .torch_backend import tree_attention_torch
+
+
+@dataclass(frozen=True, slots=True)
+class Expansion:
+    """How a layer makes K and V for each of its H heads from what its cache holds of a token.
+
+    A token has one latent of R numbers and one rotary part of P numbers, which all heads share. Its
+    K is N numbers from the latent followed by the rotary part, its V is Dv numbers from the latent.
+
+    Attributes:
+        expand: the layer's own function, from latents ``[X, 1, L, R]`` and rotary parts
+            ``[X, 1, L, P]`` to K ``[X, H, L, N + P]`` and V ``[X, H, L, Dv]``.
+        k_dim: N.
+        v_dim: Dv.
+        num_heads: H.
+        weight: ``[H, N + Dv, R]`` when all that ``expand`` does to a latent is a product with it,
+            first the rows of K, then those of V; else None.
+    """
+
+    expand: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    k_dim: int
+    v_dim: int
+    num_heads: int
+    weight: torch.Tensor | None = None
+
+    def absorbs(self, spec: KVSpec, plan: TreeAttentionPlan) -> bool:
+        """Whether products with the latents are fewer than expanding each run and tail once."""
+        if self.weight is None:
+            return False
+        rank, rotary, both = spec.k_head_dim, spec.v_head_dim, self.k_dim + self.v_dim
+        pairs = plan.num_new * sum(plan.lengths)
+        absorbed = pairs * 2 * (rank + rotary) + plan.num_rows * plan.num_new * rank * both
+        expanded = pairs * (both + rotary) + plan.tokens_read() * rank * both
+        return absorbed < expanded
+
+
+def tree_attention_latents(
+    q: torch.Tensor,
+    storage: KVReader,
+    layer: int,
+    plan: TreeAttentionPlan,
+    expansion: Expansion,
+    *,
+    scale: float,
+    window: Window | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    reference: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`~.reference.tree_attention_reference`, over latents that are stored as K and V.
+
+    Few queries to a token, as in decoding, read the latents themselves: what would make K of them
+    is absorbed into the queries, what would make V into the results (DeepSeek-V2, 2024, section
+    2.1). With many, each run of blocks is expanded once for all its rows, and each tail.
+
+    Args:
+        q: ``[B, H, T, N + P]``.
+        storage: holds latents ``[.., 1, R]`` as K and rotary parts ``[.., 1, P]`` as V.
+        expansion: of this layer.
+        reference: expand, and attend with the oracle.
+
+    Returns:
+        ``out [B, H, T, Dv]`` and ``lse [B, H, T]``.
+    """
+    attend = tree_attention_reference if reference else tree_attention_torch
+    weight = expansion.weight
+    if reference or weight is None or not expansion.absorbs(storage.spec, plan):
+        expanded = _Expanded(storage, expansion)
+        return attend(
+            q, expanded, layer, plan, scale=scale, window=window, softcap=softcap, sinks=sinks
+        )
+    for_k, for_v = weight.split([expansion.k_dim, expansion.v_dim], 1)
+    nope, rotary = q.split([expansion.k_dim, storage.spec.v_head_dim], 3)
+    q = torch.cat([torch.einsum("bhtn,hnr->bhtr", nope, for_k), rotary], 3)
+    out, lse = attend(
+        q, _Joined(storage), layer, plan, scale=scale, window=window, softcap=softcap, sinks=sinks
+    )
+    latent = out[..., : storage.spec.k_head_dim]
+    return torch.einsum("bhtr,hdr->bhtd", latent, for_v), lse
+
+
+class _View:
+    """A storage of latents, seen as one of K and V."""
+
+    def __init__(self, storage: KVReader, spec: KVSpec) -> None:
+        self.spec = spec
+        self.block_size = storage.block_size
+        self.slab_blocks = storage.slab_blocks
+        self._storage = storage
+
+    def gather_blocks(self, layer: int, blocks: SlabIndex) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._make(*self._storage.gather_blocks(layer, blocks))
+
+    def gather_slots(self, layer: int, slots: SlabIndex) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._make(*self._storage.gather_slots(layer, slots))
+
+    def _make(
+        self, latents: torch.Tensor, rotary: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError
+
+
+class _Joined(_View):
+    """K is ``[.., 1, R + P]``, and so is V, whose last P nobody wants: equal dims are fast."""
+
+    def __init__(self, storage: KVReader) -> None:
+        width = storage.spec.k_head_dim + storage.spec.v_head_dim
+        super().__init__(storage, replace(storage.spec, k_head_dim=width, v_head_dim=width))
+
+    def _make(
+        self, latents: torch.Tensor, rotary: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        both = torch.cat([latents, rotary], -1)
+        return both, both
+
+
+class _Expanded(_View):
+    """K ``[.., H, N + P]`` and V ``[.., H, Dv]`` of whatever is gathered, by the layer itself."""
+
+    def __init__(self, storage: KVReader, expansion: Expansion) -> None:
+        spec = replace(
+            storage.spec,
+            num_kv_heads=expansion.num_heads,
+            k_head_dim=expansion.k_dim + storage.spec.v_head_dim,
+            v_head_dim=expansion.v_dim,
+        )
+        super().__init__(storage, spec)
+        self._expand = expansion.expand
+
+    def _make(
+        self, latents: torch.Tensor, rotary: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = latents.shape[:-2]
+        flat = (x.reshape(1, 1, -1, x.shape[-1]) for x in (latents, rotary))
+        k, v = (x[0].transpose(0, 1).unflatten(0, shape) for x in self._expand(*flat))
+        return k, v
