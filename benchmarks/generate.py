@@ -251,7 +251,7 @@ def measure(model: PreTrainedModel, method: Method, work: Workload) -> dict[str,
 def floor_ms(model: PreTrainedModel, work: Workload, bandwidth: float) -> float:
     """What a step at mid-run must read, over the bandwidth in TB/s."""
     unique = (work.prompt + work.rows * work.tokens // 2) * token_bytes(model.config)
-    return 1e-9 * (bytes_read(model, work.rows) + unique) / bandwidth
+    return 1e-9 * (bytes_read(model) + unique) / bandwidth
 
 
 def fits(model: PreTrainedModel, method: Method, work: Workload) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import kernel_tables
+from benchmarks import generate_tables, kernel_tables
 from hf_tree_cache.memory.allocator import PhysicalKVAllocator
 from hf_tree_cache.memory.tree import Branch, BranchTree
 
@@ -41,9 +41,12 @@ def results_text(
     cpu: dict[str, Any] | None,
     memory: dict[str, Any] | None,
     kernel: dict[str, Any] | None = None,
+    generation: dict[str, Any] | None = None,
 ) -> str:
     """What stands between the markers in README."""
     parts = []
+    if generation is not None:
+        parts += [*generate_tables.readme_lines(generation), ""]
     if kernel is not None:
         parts += kernel_tables.readme_table(kernel)
         parts += [""] if cpu is not None else []
@@ -59,7 +62,7 @@ def _cpu_table(cpu: dict[str, Any]) -> list[str]:
         "| prompt | branches | prompt tokens computed | K/V held, MB | peak memory, MB | seconds |",
         "| --: | --: | --: | --: | --: | --: |",
     ]
-    for row in cpu["results"]:
+    for row in _extremes(cpu["results"]):
         dynamic, tree = row["dynamic"], row["tree"]
         lines.append(
             f"| {row['prompt']:,} | {row['branches']:,} "
@@ -69,6 +72,14 @@ def _cpu_table(cpu: dict[str, Any]) -> list[str]:
             f"| {dynamic['seconds']:.1f} → {tree['seconds']:.1f} ({_verdict(row)}) |"
         )
     return lines
+
+
+def _extremes(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each prompt the fewest and the most branches."""
+    found: dict[int, list[int]] = {}
+    for row in rows:
+        found.setdefault(row["prompt"], []).append(row["branches"])
+    return [row for row in rows if row["branches"] in {min(b := found[row["prompt"]]), max(b)}]
 
 
 def _verdict(row: dict[str, Any]) -> str:
@@ -295,13 +306,30 @@ def _text(x: float, y: float, words: str, kind: str) -> str:
 def pages(root: Path) -> dict[Path, str]:
     """Every file that this script writes, with what belongs into it."""
     results = root / "benchmarks" / "results"
-    cpu, memory, kernel = (load(results, name) for name in ("cpu_generate", "memory", "kernel"))
+    names = ("cpu_generate", "memory", "kernel", "generate")
+    cpu, memory, kernel, generation = (load(results, name) for name in names)
     readme, docs = root / "README.md", root / "docs" / "benchmarks.md"
+    sections = [kernel_tables.docs_text(kernel), _generation(generation)]
+    if memory is not None:
+        sections.append(f"## Bookkeeping\n\n{_memory_sentence(memory)}")
     return {
-        readme: _filled(readme, results_text(cpu, memory, kernel)),
-        docs: _filled(docs, kernel_tables.docs_text(kernel)),
+        readme: _filled(readme, results_text(cpu, None, kernel, generation)),
+        docs: _filled(docs, "\n\n".join(sections)),
         root / "docs" / "figures" / "tree.svg": figure(cpu),
     }
+
+
+def _generation(result: dict[str, Any] | None) -> str:
+    about = (
+        "`benchmarks/generate.py`: models of well-known shapes with random weights in bf16, "
+        "sampling at temperature 1, branches of one prompt. A step is the time of all new tokens "
+        "less that of a quarter of them, over their difference; × floor compares it with reading "
+        "weights and unique K/V at the speed of a linear read. *Forking*: every 8 tokens 8 of 64 "
+        "branches are pruned and 8 forked. Peaks are above the weights and hold K/V, graphs and "
+        "logits."
+    )
+    lines = textwrap.wrap(about, 108, break_on_hyphens=False)
+    return "\n".join(["## Generation", "", *lines, "", generate_tables.docs_text(result)])
 
 
 def _filled(page: Path, results: str) -> str:
