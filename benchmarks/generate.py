@@ -135,13 +135,12 @@ def with_batching(model: PreTrainedModel, work: Workload, tokens: int) -> None:
         max_new_tokens=tokens,
         do_sample=True,
         top_k=0,
-        num_return_sequences=work.rows,
         eos_token_id=-1,
         pad_token_id=0,
         use_cuda_graph=True,
     )
     out = model.generate_batch(
-        prompt_of(work).tolist(),
+        prompt_of(work).tolist() * work.rows,  # it finds equal prompts by itself
         generation_config=config,
         continuous_batching_config=ContinuousBatchingConfig(max_memory_percent=0.6),
     )

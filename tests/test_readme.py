@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from test_floors import FLOORS, modules_of
 
-from benchmarks import kernel_tables, report
+from benchmarks import generate_tables, kernel_tables, report
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -158,6 +158,45 @@ KERNEL = {
         {"name": "W3, odd", "workload": "W3", "ok": False, "reason": "no room"},
     ],
 }
+
+
+GENERATION_ROW = {
+    "shape": "8B",
+    "method": "tree_generate, compiled",
+    "prompt": 2_000,
+    "rows": 16,
+    "tokens": 64,
+    "churn": False,
+    "floor_ms": 3.4,
+    "ms_per_step": 5.1,
+    "first_tokens_s": 0.08,
+    "total_s": 0.43,
+    "tokens_per_s": 2_400.0,
+    "peak_above_weights_gb": 0.5,
+}
+
+
+def test_the_generation_tables_show_ratios_and_what_was_not_run() -> None:
+    works = [{"prompt": p, "rows": r} for p, r in generate_tables.README_WORKLOADS]
+    dense = {"method": "stock generate, DynamicCache", "left_out": "time"}
+    result = {
+        "environment": {
+            "gpu": "NVIDIA H200",
+            "gpu_driver": "1",
+            "torch": "2",
+            "triton": "3",
+            "transformers": "5",
+            "commit": "abc",
+        },
+        "linear_read_tb_s": 4.6,
+        "rows": [*(GENERATION_ROW | work for work in works), GENERATION_ROW | dense],
+    }
+    text = generate_tables.docs_text(result)
+    assert "| 8B | 16 × 2,000 | 64 | tree_generate, compiled | **5.10** | 1.50 | 0.08 |" in text
+    assert "stock generate, DynamicCache | not run: no time left |" in text
+    short = report.results_text(None, None, None, result)
+    assert "| 16 branches of 2,000 tokens | 3.4 | 5.1 | not run | not run |" in short
+    assert "| 32 branches of 32,768 tokens | 3.4 | 5.1 | not run | not run |" in short
 
 
 def test_the_kernel_tables_show_targets_losses_and_failures() -> None:
