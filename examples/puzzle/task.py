@@ -175,6 +175,20 @@ def heuristic(puzzle: Puzzle, text: str) -> float:
     return 1 / (2 + near)
 
 
+def answer(text: str) -> tuple[str, ...] | None:
+    """The calculations of a complete solution, in an order that does not depend on that of its
+    lines and operands, so that the same solutions vote together; None if it is not complete.
+    """
+    found = [_STEP.fullmatch(line) for line in text.split("\n")[:-1]]
+    if not found or None in found or len(found[-1][5].split()) != 1:
+        return None
+    terms = []
+    for step in found:
+        a, b = sorted((int(step[1]), int(step[3])), reverse=step[2] in "+*")
+        terms.append(f"{a}{step[2]}{b}" if step[2] in "+*" else f"{step[1]}{step[2]}{step[3]}")
+    return tuple(sorted(terms))
+
+
 def held_out(numbers: Sequence[int]) -> bool:
     """Whether puzzles of these numbers are kept from training."""
     return zlib.crc32(_join(sorted(numbers)).encode()) % _SPLIT == 0

@@ -22,11 +22,14 @@ from typing import Any
 
 import torch
 import transformers
-from data import COUNTS, Batch, solutions, stream, verdicts
-from task import Puzzle, check, held_out_puzzles
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
-from vocabulary import END, IDS, PAD, SYMBOLS, tokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from puzzle.data import COUNTS, Batch, solutions, stream, verdicts
+from puzzle.task import Puzzle, check, held_out_puzzles
+from puzzle.vocabulary import END, IDS, PAD, SYMBOLS, tokenizer
 
 
 @dataclass(frozen=True)
@@ -219,7 +222,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--workers", type=int, default=14, help="processes that make the data")
     parser.add_argument("--puzzles", type=int, default=512, help="held-out ones of each size")
     parser.add_argument("--samples", type=int, default=64, help="of each puzzle at the end")
-    parser.add_argument("--smoke", action="store_true", help="tiny and on the CPU, in seconds")
+    parser.add_argument("--smoke", action="store_true", help="tiny, on the CPU, in seconds")
     arguments = parser.parse_args(argv)
     model_shape, verifier_shape, every, steps = MODEL, VERIFIER, 30.0, sys.maxsize
     if arguments.smoke:
