@@ -13,6 +13,7 @@ from .errors import (
     UnsupportedModel,
 )
 from .generation.loop import tree_generate
+from .generation.options import RunnerStats, Sampling, Stop, Turn
 from .generation.output import BranchEvent, TreeGenerateOutput, TreeGenerateStats
 from .generation.processors import (
     BranchBatch,
@@ -26,6 +27,7 @@ from .generation.processors import (
     PruneByRank,
 )
 from .generation.record import GenerationTree
+from .generation.runner import BranchRunner
 from .integration.cache import TreeCache
 from .integration.disk import load_cache, save_cache
 from .integration.enable import EnabledTreeAttention, enable_tree_attention
@@ -37,6 +39,7 @@ __all__ = [
     "BatchMismatch",
     "BranchBatch",
     "BranchEvent",
+    "BranchRunner",
     "BranchingProcessor",
     "EnabledTreeAttention",
     "ForkAtDelimiter",
@@ -51,14 +54,18 @@ __all__ = [
     "OutOfBlocks",
     "PruneBelow",
     "PruneByRank",
+    "RunnerStats",
+    "Sampling",
     "StaleBranch",
     "StaleHandle",
+    "Stop",
     "StorageMismatch",
     "TreeCache",
     "TreeCacheError",
     "TreeCacheStats",
     "TreeGenerateOutput",
     "TreeGenerateStats",
+    "Turn",
     "UnsupportedModel",
     "enable_tree_attention",
     "load_cache",

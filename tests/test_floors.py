@@ -44,6 +44,14 @@ FLOORS = {
     "integration.enable": 9,
     "generation.batch": 8,
     "generation.loop": 9,
+    "generation.options": 1,
+    "generation.text": 1,
+    "generation.prefixes": 1,
+    "generation.interrupt": 1,
+    "generation.frontier": 8,
+    "generation.ledger": 9,
+    "generation.extension": 10,
+    "generation.runner": 11,
 }
 
 # What `import hf_tree_cache` brings: nothing below may ask for it.

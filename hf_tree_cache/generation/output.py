@@ -21,6 +21,7 @@ class BranchEvent:
         token, logprob: of a token.
         children: branches that a fork made.
         reason: of a fork, prune or finish.
+        text: that a token completes, where the run has a tokenizer.
     """
 
     kind: Literal["token", "fork", "prune", "finish"]
@@ -30,6 +31,7 @@ class BranchEvent:
     logprob: float | None = None
     children: tuple[int, ...] = ()
     reason: str | None = None
+    text: str | None = None
 
 
 @dataclass(slots=True)

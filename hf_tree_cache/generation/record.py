@@ -227,6 +227,20 @@ class GenerationTree:
         finished.state = "finished"
         finished.reason = reason
 
+    def reopen(self, node: int) -> None:
+        """Let a finished node go on: it is alive again, as if it had not finished.
+
+        Raises:
+            InvalidArgument: No such node, or it is not finished.
+        """
+        found = self._get(node, "reopen")
+        if found.state != "finished":
+            raise InvalidArgument(
+                f"GenerationTree.reopen(node={node}): node {node} is {found.state}; only a "
+                "finished one can go on."
+            )
+        found.state, found.reason = "alive", None
+
     def prune(self, node: int, reason: str | None = None) -> None:
         """Close a leaf as "pruned": one that is alive, or one that finished and was then dropped.
 

@@ -110,6 +110,7 @@ class TreeCache(Cache):
         self._odd_mask = False
         self._lost_state = False
         self._held_states: dict[Branch, list[torch.Tensor]] = {}
+        self._expected: list[int] | None = None
         if config is not None:
             self.configure(config)
 
@@ -214,6 +215,29 @@ class TreeCache(Cache):
             raise
         self._pool.copy(appended.copies)
         return self._step
+
+    def expect(self, counts: Sequence[int] | None) -> None:
+        """Say how many tokens of each row the next forward brings; None takes it back.
+
+        Rows may then differ in their new tokens even over a past. Each row's tokens are the last
+        columns of ``input_ids``, the attention mask is that of the sequences as they will be,
+        padded on the left. Heeded where :func:`enable_tree_attention` is active.
+        """
+        self._expected = None if counts is None else list(counts)
+
+    def take_expected(self, num_rows: int, num_new: int) -> list[int] | None:
+        """What :meth:`expect` was told, once.
+
+        Raises:
+            BatchMismatch: the forward is not the one that was announced.
+        """
+        counts, self._expected = self._expected, None
+        if counts is not None and (len(counts), max(counts, default=0)) != (num_rows, num_new):
+            raise BatchMismatch(
+                f"A forward with {num_rows} rows of {num_new} columns came where expect() had "
+                f"announced {len(counts)} rows of {max(counts, default=0)}."
+            )
+        return counts
 
     def write(
         self, layer: PagedLayer, keys: torch.Tensor, values: torch.Tensor
@@ -517,6 +541,7 @@ class TreeCache(Cache):
     def reset(self) -> None:
         """Forget everything, rows and held branches; slabs are kept for the next prompt."""
         self._end_step()
+        self._expected = None
         self.tree.clear()
         self._plan = None
         self._columns = 0

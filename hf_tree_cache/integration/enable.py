@@ -50,18 +50,28 @@ def enable_tree_attention(
     Raises:
         InvalidArgument: not a transformers model, or one that is enabled already.
     """
-    unwrap: Any = getattr(model, "get_base_model", lambda: model)
-    base = unwrap()
+    base = base_of(model)
     if not isinstance(base, PreTrainedModel):
         raise InvalidArgument(
             f"enable_tree_attention({type(model).__name__}): expected a transformers model."
         )
-    if any(isinstance(hook, _Hooks) for hook in base._forward_pre_hooks.values()):
+    if is_enabled(base):
         raise InvalidArgument(
             f"enable_tree_attention: this {type(base).__name__} is enabled already. Keep the "
             "handle of the first call and disable() it, or write `with enable_tree_attention(...)`."
         )
     return EnabledTreeAttention(base, replace_default_cache)
+
+
+def base_of(model: Any) -> Any:
+    """The transformers model itself, also of a PEFT model around one."""
+    unwrap: Any = getattr(model, "get_base_model", lambda: model)
+    return unwrap()
+
+
+def is_enabled(model: Any) -> bool:
+    """Whether :func:`enable_tree_attention` is active on ``model``."""
+    return any(isinstance(hook, _Hooks) for hook in base_of(model)._forward_pre_hooks.values())
 
 
 class EnabledTreeAttention:

@@ -53,6 +53,10 @@ class Forward:
             raise InvalidArgument(
                 "The forward has no tokens: an empty prompt, or a prompt that is cached already."
             )
+        expected = cache.take_expected(asked, num_new)
+        if expected is not None:
+            cache.begin(asked, num_new, counts=expected, padding_known=True)
+            return None
         before = cache.get_seq_length()
         if num_new == 1 and before:
             odd = self._hides_more_than_padding(before)

@@ -1,0 +1,272 @@
+"""Extension: one turn of a set of branches, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..errors import InvalidArgument, NonFiniteScores
+from .frontier import Frontier, Tip
+from .interrupt import uninterrupted
+from .ledger import BranchState, Ledger
+from .options import Sampling, Stop, Turn
+from .output import BranchEvent
+from .processors import BranchBatch, BranchingProcessor
+from .sampling import choose_tokens
+from .text import CONTEXT, TextStream, decode_after
+
+Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""``(input_ids [R, L], logits [R, V]) -> logits``, as transformers' LogitsProcessor."""
+
+
+@dataclass(eq=False)
+class _Row:
+    """One branch on its way."""
+
+    state: BranchState
+    limit: int
+    stop: Stop
+    sampling: Sampling
+    context: list[int]
+    stream: TextStream | None
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    reason: str = ""
+    met: str | None = None
+
+
+class Extension:
+    """Carries ``states`` on, a token a step each, until all of them have stopped.
+
+    Args:
+        limits, stops, samplings: for each state.
+        processors: change the logits before they are sampled.
+        tokenizer: for stop strings and the text of events.
+        eos: tokens that end a text.
+        generator: draws the samples.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        frontier: Frontier,
+        states: Sequence[BranchState],
+        limits: Sequence[int],
+        stops: Sequence[Stop],
+        samplings: Sequence[Sampling],
+        processors: Sequence[Processor],
+        tokenizer: Any,
+        eos: frozenset[int],
+        generator: torch.Generator | None,
+    ) -> None:
+        if min(limits, default=1) < 1:
+            raise InvalidArgument(f"extend(max_new_tokens={min(limits)}): give at least 1.")
+        if tokenizer is None and any(stop.strings for stop in stops):
+            raise InvalidArgument(
+                "extend: stop strings need a tokenizer. Pass one to the runner, or give "
+                "Stop(tokens=...)."
+            )
+        self._ledger = ledger
+        self._frontier = frontier
+        self._processors = processors
+        self._tokenizer = tokenizer
+        self._eos = eos
+        self._generator = generator
+        self._rows = []
+        for state, limit, stop, sampling in zip(states, limits, stops, samplings, strict=True):
+            context = ledger.tokens(state)[-CONTEXT:]
+            stream = TextStream(tokenizer, context) if tokenizer is not None else None
+            self._rows.append(_Row(state, limit, stop, sampling, context, stream))
+        self._live = list(self._rows)
+        self._ids = self._read_ids() if processors else None
+        self._steps = 0
+
+    @property
+    def going(self) -> bool:
+        """Whether a branch has not stopped yet."""
+        return bool(self._live)
+
+    def turns(self) -> list[Turn]:
+        """What each branch got so far."""
+        return [
+            Turn(
+                branch=row.state.branch,
+                tokens=tuple(row.tokens),
+                logprobs=tuple(row.logprobs),
+                text=""
+                if self._tokenizer is None
+                else decode_after(self._tokenizer, row.context, row.tokens),
+                reason=row.reason,
+                stop=row.met,
+            )
+            for row in self._rows
+        ]
+
+    @torch.no_grad()
+    def step(self) -> list[BranchEvent]:
+        """One token for every branch that still goes; returns what happened. One synchronisation.
+
+        Raises:
+            NonFiniteScores, OutOfBlocks: no branch got a token.
+        """
+        rows = self._drop_ended()
+        if not rows:
+            return []
+        tips = [_tip(row) for row in rows]
+        distinct_tips = list(dict.fromkeys(tips))
+        logits = self._frontier.logits(distinct_tips)
+        if len(distinct_tips) < len(rows):
+            place = {tip: i for i, tip in enumerate(distinct_tips)}
+            logits = logits[torch.tensor([place[tip] for tip in tips], device=logits.device)]
+        scores, groups = self._keep_apart(rows, self._process(rows, logits))
+        tokens = self._choose(rows, scores, groups)
+        broken = ~scores.amax(-1).isfinite()
+        logprobs = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+        packed = torch.stack([tokens, broken.long(), logprobs.view(torch.int32).long()]).cpu()
+        if packed[1].any():
+            raise NonFiniteScores(
+                f"Branch {rows[int(packed[1].argmax())].state.branch} has scores with NaN, +inf or "
+                "nothing but -inf. A processor masked every token, or the model overflowed (try "
+                "bfloat16 or float32)."
+            )
+        new = packed[0].tolist()
+        with uninterrupted():
+            events = self._advance(rows, new, packed[2].int().view(torch.float32).tolist())
+            if self._ids is not None:
+                going = [i for i, row in enumerate(rows) if not row.reason]
+                self._ids = torch.cat([self._ids, tokens[:, None].to(self._ids.device)], 1)[going]
+        return events
+
+    def _drop_ended(self) -> list[_Row]:
+        """Let branches go that somebody pruned or finished since the last step."""
+        left = [i for i, row in enumerate(self._live) if row.state.tip is not None]
+        if len(left) < len(self._live):
+            for row in self._live:
+                row.reason = row.state.ended if row.state.tip is None else ""
+            self._live = [self._live[i] for i in left]
+            self._ids = None if self._ids is None else self._ids[left]
+        return self._live
+
+    def _process(self, rows: list[_Row], logits: torch.Tensor) -> torch.Tensor:
+        scores = logits
+        for processor in self._processors:
+            assert self._ids is not None
+            if isinstance(processor, BranchingProcessor):
+                states = [row.state for row in rows]
+                processor.begin(
+                    BranchBatch(
+                        tuple(state.branch for state in states),
+                        tuple(state.prompt for state in states),
+                        tuple(state.length - state.prompt_length for state in states),
+                        tuple(state.logprob for state in states),
+                    )
+                )
+            scores = processor(self._ids, scores)
+            if isinstance(processor, BranchingProcessor) and processor.take_actions():
+                raise InvalidArgument(
+                    f"{type(processor).__name__} asked for a fork or prune within extend. Fork and "
+                    "prune through the runner between two extends, or use tree_generate."
+                )
+        return scores
+
+    def _keep_apart(
+        self, rows: list[_Row], scores: torch.Tensor
+    ) -> tuple[torch.Tensor, list[list[int]]]:
+        """Rule out what siblings took already; and which rows must now differ among themselves."""
+        groups: dict[Tip, list[int]] = {}
+        for i, row in enumerate(rows):
+            if row.state.apart:
+                groups.setdefault(_tip(row), []).append(i)
+        for tip, group in groups.items():
+            if not tip.taken:
+                continue
+            scores = scores.clone()
+            taken = torch.tensor(sorted(tip.taken), device=scores.device)
+            left = scores[group].index_fill(1, taken, -torch.inf)
+            # With nothing left a sibling's token has to do.
+            some = (left > -torch.inf).any(-1, keepdim=True)
+            scores[group] = torch.where(some, left, scores[group])
+        return scores, [group for group in groups.values() if len(group) > 1]
+
+    def _choose(
+        self, rows: list[_Row], scores: torch.Tensor, groups: list[list[int]]
+    ) -> torch.Tensor:
+        """``[R]`` int64 next tokens."""
+        scores = scores.masked_fill(~scores.amax(-1, keepdim=True).isfinite(), 0)
+        tokens = torch.empty(len(rows), dtype=torch.int64, device=scores.device)
+        for sampling in dict.fromkeys(row.sampling for row in rows):
+            here = [i for i, row in enumerate(rows) if row.sampling == sampling]
+            place = {i: j for j, i in enumerate(here)}
+            apart = [[place[i] for i in group if i in place] for group in groups]
+            part = scores if len(here) == len(rows) else scores[here]
+            chosen = choose_tokens(
+                sampling.process(part),
+                sampling.do_sample,
+                [group for group in apart if len(group) > 1],
+                self._generator,
+            )
+            tokens[here] = chosen
+        return tokens
+
+    def _advance(
+        self, rows: list[_Row], tokens: list[int], logprobs: list[float]
+    ) -> list[BranchEvent]:
+        """Books of one step: tips, record, stops."""
+        self._steps += 1
+        at: dict[Tip, list[int]] = {}
+        for i, row in enumerate(rows):
+            at.setdefault(_tip(row), []).append(i)
+        for tip, here in at.items():
+            for i, new in zip(
+                here, self._frontier.part(tip, [tokens[i] for i in here]), strict=True
+            ):
+                rows[i].state.tip = new
+            if tip.users and tip.logits is not None:
+                tip.logits = tip.logits.clone()  # it was a row of the whole batch
+        events = []
+        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+            self._ledger.append(row.state, token, logprob)
+            row.state.apart = False
+            row.tokens.append(token)
+            row.logprobs.append(logprob)
+            piece = "" if row.stream is None else row.stream.push(token)
+            branch = row.state.branch
+            row.reason, row.met = self._why_stop(row, token, piece)
+            if row.reason and row.stream is not None:
+                piece += row.stream.flush()
+            events.append(
+                BranchEvent("token", branch, self._steps, token=token, logprob=logprob, text=piece)
+            )
+            if row.reason == "eos":
+                self._ledger.mark_finished(row.state, "eos")
+            if row.reason:
+                events.append(BranchEvent("finish", branch, self._steps, reason=row.reason))
+        self._frontier.stats.tokens_generated += len(rows)
+        self._live = [row for row in rows if not row.reason]
+        return events
+
+    def _why_stop(self, row: _Row, token: int, piece: str) -> tuple[str, str | None]:
+        if row.stop.eos and token in self._eos:
+            return "eos", None
+        if token in row.stop.tokens:
+            return "stop", None
+        if piece and row.stop.strings and row.stream is not None:
+            met = row.stop.find(row.stream.text, len(piece))
+            if met is not None:
+                return "stop", met
+        return ("length", None) if len(row.tokens) >= row.limit else ("", None)
+
+    def _read_ids(self) -> torch.Tensor:
+        """``[R, L]`` int64 tokens of every branch, padded on the left with 0."""
+        tokens = [self._ledger.tokens(row.state) for row in self._rows]
+        width = max(map(len, tokens), default=0)
+        padded = [[0] * (width - len(ids)) + ids for ids in tokens]
+        return torch.tensor(padded, device=self._frontier.model.device)
+
+
+def _tip(row: _Row) -> Tip:
+    assert row.state.tip is not None
+    return row.state.tip

@@ -1,0 +1,281 @@
+"""Frontier: where branches stand in a cache, and the forwards that carry them on."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..integration.cache import TreeCache
+from ..memory.tree import Branch as CacheBranch
+from .options import RunnerStats
+from .prefixes import find_shared_runs
+
+LOGITS_AT_ONCE = 2**26
+"""Most numbers in the logits of one forward over appended tokens: 256 MB in float32."""
+
+
+@dataclass(eq=False)
+class Tip:
+    """A place in the tree where branches stand that have not parted yet.
+
+    Its K/V are computed and stored once, under one branch of the cache, however many stand here.
+    Either the logits that follow are known, or the last token is still to be computed: a token that
+    was just drawn has no K/V yet. Drawn "b" by two branches and "c" by a third, after "a"::
+
+        Tip(cached "a", logits, users 3)   ->   Tip(cached "a" forked, pending "b", users 2)
+                                                Tip(cached "a", pending "c", users 1)
+
+    Attributes:
+        cached: the branch of the cache, which nobody else uses.
+        length: tokens in the cache under it.
+        pending: the token behind them, not computed; None when ``logits`` are known.
+        logits: ``[V]`` float32, what follows; None while a token is pending.
+        users: branches that stand here.
+        taken: tokens that branches went on with from here.
+    """
+
+    cached: CacheBranch
+    length: int
+    pending: int | None = None
+    logits: torch.Tensor | None = None
+    users: int = 0
+    taken: set[int] = field(default_factory=set)
+
+
+class Frontier:
+    """Runs the model over tips, in one batch whatever their lengths.
+
+    Args:
+        model: with tree attention enabled whenever a method that computes is called.
+        cache: configured for ``model``.
+        stats: told what was computed.
+    """
+
+    def __init__(self, model: Any, cache: TreeCache, stats: RunnerStats) -> None:
+        self.model = model
+        self.cache = cache
+        self.stats = stats
+        accepted = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in accepted
+        self._takes_logits_to_keep = "logits_to_keep" in accepted
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> list[Tip]:
+        """One tip for each prompt, the same for equal ones; shared beginnings are computed once.
+
+        Raises:
+            OutOfBlocks: no room; nothing was added.
+        """
+        minimum = 32 if not self.has_states else max(map(len, prompts)) + 1
+        runs, ends = find_shared_runs(prompts, minimum)
+        made: dict[int, Tip] = {}
+        try:
+            for level in range(1 + max(run.level for run in runs)):
+                here = [i for i, run in enumerate(runs) if run.level == level]
+                tokens = [list(runs[i].tokens) for i in here]
+                if level == 0:
+                    self.cache.set_rows([])
+                    logits = self._compute(None, [0] * len(here), tokens)
+                    made |= {
+                        i: Tip(branch, len(new))
+                        for i, branch, new in zip(here, self.cache.rows, tokens, strict=True)
+                    }
+                else:
+                    for i in here:
+                        parent = runs[i].parent
+                        assert parent is not None
+                        cached = self.cache.fork(made[parent].cached)[0]
+                        made[i] = Tip(cached, made[parent].length)
+                    logits = self._extend([made[i] for i in here], tokens)
+                for i, row in zip(here, logits, strict=True):
+                    made[i].logits = row[0].clone()
+        except BaseException:
+            self.repair([])
+            self.release(made.values())
+            for branch in [] if made else self.cache.rows:
+                self.cache.prune(branch)
+            raise
+        self.release([tip for i, tip in made.items() if i not in ends])
+        return [made[end] for end in ends]
+
+    @property
+    def has_states(self) -> bool:
+        """Whether the model has layers whose state exists only at the tip."""
+        return any(self.cache.is_linear) or any(
+            hasattr(layer, "recurrent_states") for layer in self.cache.layers
+        )
+
+    def logits(self, tips: Sequence[Tip]) -> torch.Tensor:
+        """``[len(tips), V]`` float32, what follows each; pending tokens are computed together."""
+        waiting = [tip for tip in tips if tip.pending is not None]
+        tokens = [[tip.pending] for tip in waiting if tip.pending is not None]
+        if waiting:
+            rows = self._extend(waiting, tokens)
+            for tip, row in zip(waiting, rows, strict=True):
+                tip.logits, tip.pending = row[0], None
+            if len(waiting) == len(tips) and isinstance(rows, torch.Tensor):
+                return rows[:, 0]
+        return torch.stack([tip.logits for tip in tips if tip.logits is not None])
+
+    def append(self, tips: Sequence[Tip], tokens: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Carry each tip on over given tokens; returns the log-prob of each of them.
+
+        Args:
+            tips: different ones, each with one user.
+            tokens: for each tip, at least one.
+
+        Raises:
+            OutOfBlocks: no room; tips have as many of the tokens as had room, in whole chunks.
+        """
+        self.logits(tips)
+        logprobs: list[list[float]] = [[] for _ in tips]
+        vocab = max(1, *(tip.logits.shape[0] for tip in tips if tip.logits is not None))
+        size = max(1, LOGITS_AT_ONCE // (vocab * len(tips)))
+        for start in range(0, max(map(len, tokens)), size):
+            here = [i for i, new in enumerate(tokens) if len(new) > start]
+            parts = [list(tokens[i][start : start + size]) for i in here]
+            rows = self._extend([tips[i] for i in here], parts, keep_all=True)
+            for i, part, row in zip(here, parts, rows, strict=True):
+                before = tips[i].logits
+                assert before is not None
+                known = torch.cat([before[None], row[:-1]]).log_softmax(-1)
+                index = torch.tensor(part, device=known.device)[:, None]
+                logprobs[i] += known.gather(1, index).squeeze(1).tolist()
+                tips[i].logits = row[-1].clone()
+        return logprobs
+
+    def fork_at(self, tip: Tip, position: int, last: int, taken: set[int]) -> Tip:
+        """A tip ``position`` tokens into ``tip``; ``last`` is the token that ends there.
+
+        Its K/V stay out, so that they are computed together with the logits behind them.
+
+        Raises:
+            UnsupportedModel: a model whose states exist only at the tip.
+        """
+        cached = self.cache.fork(tip.cached, at=position - 1)[0]
+        return Tip(cached, position - 1, pending=last, taken=set(taken))
+
+    def part(self, tip: Tip, tokens: Sequence[int]) -> list[Tip]:
+        """As many users of ``tip`` as there are ``tokens`` go on, each with its own.
+
+        Those with equal tokens stand at one new tip. Nothing is computed.
+        """
+        distinct = list(dict.fromkeys(tokens))
+        tip.taken.update(distinct)
+        tip.users -= len(tokens)
+        assert tip.users >= 0
+        handles = self.cache.fork(tip.cached, len(distinct) - (tip.users == 0))
+        if tip.users == 0:
+            handles.insert(0, tip.cached)
+        new = {
+            token: Tip(cached, tip.length, pending=token)
+            for token, cached in zip(distinct, handles, strict=True)
+        }
+        for token in tokens:
+            new[token].users += 1
+        return [new[token] for token in tokens]
+
+    def split_user(self, tip: Tip) -> Tip:
+        """A tip like ``tip`` for one of its users alone."""
+        if tip.users == 1:
+            return tip
+        tip.users -= 1
+        cached = self.cache.fork(tip.cached)[0]
+        return Tip(cached, tip.length, tip.pending, tip.logits, users=1, taken=set(tip.taken))
+
+    def leave(self, tip: Tip) -> None:
+        """One user of ``tip`` is gone; the last one frees its K/V."""
+        tip.users -= 1
+        if tip.users == 0:
+            self.release([tip])
+
+    def release(self, tips: Iterable[Tip]) -> None:
+        for tip in tips:
+            if tip.cached in self.cache.tree:
+                self.cache.prune(tip.cached)
+
+    def repair(self, tips: Iterable[Tip]) -> None:
+        """After a forward that was cut short: the cache holds again what ``tips`` say."""
+        self.cache.expect(None)
+        self.cache.abandon()
+        for tip in tips:
+            # The forward had ended, but nobody had noted so.
+            if self.cache.tree.length(tip.cached) > tip.length:
+                kept = self.cache.fork(tip.cached, at=tip.length)[0]
+                self.cache.prune(tip.cached)
+                tip.cached = kept
+
+    def _extend(
+        self, tips: Sequence[Tip], tokens: list[list[int]], keep_all: bool = False
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Compute ``tokens`` behind ``tips``; for each float32 logits, ``[1, V]`` or all."""
+        if self.has_states and max(map(len, tokens)) > 1:
+            return self._extend_slowly(tips, tokens, keep_all)
+        handles = [tip.cached for tip in tips]
+        lengths = [tip.length for tip in tips]
+        if self.cache.rows != handles or self.cache.get_seq_length() > max(lengths):
+            self.cache.set_rows(handles)
+        try:
+            logits = self._compute(tips, lengths, tokens, keep_all)
+        except BaseException:
+            self.repair(tips)
+            raise
+        for tip, new in zip(tips, tokens, strict=True):
+            tip.length += len(new)
+        return logits
+
+    def _extend_slowly(
+        self, tips: Sequence[Tip], tokens: list[list[int]], keep_all: bool
+    ) -> list[torch.Tensor]:
+        """Token by token: recurrent states of transformers do not go on over several at once."""
+        found: list[list[torch.Tensor]] = [[] for _ in tips]
+        for step in range(max(map(len, tokens))):
+            here = [i for i, new in enumerate(tokens) if len(new) > step]
+            rows = self._extend([tips[i] for i in here], [[tokens[i][step]] for i in here])
+            for i, row in zip(here, rows, strict=True):
+                found[i] = [*found[i], row] if keep_all else [row]
+        return [torch.cat(rows) for rows in found]
+
+    @torch.no_grad()
+    def _compute(
+        self,
+        tips: Sequence[Tip] | None,
+        lengths: list[int],
+        tokens: list[list[int]],
+        keep_all: bool = False,
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """One forward of the cache's rows, of ``lengths`` tokens each; without tips, new rows."""
+        device = self.model.device
+        counts = [len(new) for new in tokens]
+        width, before = max(counts), max(lengths)
+        ids = [[0] * (width - len(new)) + new for new in tokens]
+        ends = torch.tensor([n + c for n, c in zip(lengths, counts, strict=True)], device=device)
+        inputs: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
+        if len({*lengths}) > 1 or len({*counts}) > 1:
+            columns = torch.arange(before + width, device=device)
+            inputs["attention_mask"] = (columns >= before + width - ends[:, None]).long()
+        if self._takes_positions:
+            back = torch.arange(width, 0, -1, device=device)
+            inputs["position_ids"] = (ends[:, None] - back).clamp_min(0)
+        if self._takes_logits_to_keep and not keep_all:
+            inputs["logits_to_keep"] = 1
+        self.cache.expect(counts)
+        prepared = self.model.prepare_inputs_for_generation(
+            torch.tensor(ids, device=device),
+            next_sequence_length=width,
+            is_first_iteration=before == 0,
+            **inputs,
+        )
+        outputs = self.model(**prepared, return_dict=True)
+        self.stats.forwards += 1
+        self.stats.tokens_computed += sum(counts)
+        self.stats.peak_kv_bytes = max(self.stats.peak_kv_bytes, self.cache.kv_bytes)
+        if not keep_all:
+            return outputs.logits[:, -1:].to(copy=True, dtype=torch.float32)
+        return [
+            row[-count:].to(copy=True, dtype=torch.float32)
+            for row, count in zip(outputs.logits, counts, strict=True)
+        ]
