@@ -35,17 +35,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from hf_tree_cache import Sampling
-from hf_tree_cache.search import (
-    Action,
-    Expand,
-    Finish,
-    Prune,
-    Score,
-    SearchTree,
-    StepBeam,
-    run_search,
-)
+from hf_tree_cache.generation.options import Sampling
+from hf_tree_cache.search.policy import Action, Expand, Finish, Prune, Score, SearchTree
+from hf_tree_cache.search.step_beam import StepBeam
+from hf_tree_cache.search.strategy import run_search
 
 SHOTS = """\
 Question: Tom has 4 boxes of 6 pens and gives 5 pens away. How many pens are left?
@@ -62,6 +55,8 @@ The answer is 29.
 QUESTION = """\
 Question: Sam picks 12 apples and 15 pears, and eats 4 of them. How many pieces of fruit are left?
 """
+STOP = "Question:"
+"""Behind its answer the model asks the next question; the solution is complete then."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +81,12 @@ class Found:
     Attributes:
         candidates: text of every proposed step, behind those before it.
         scores: their mean log-probs.
-        kept: which of them were continued, or are complete.
         tokens: positions that went through the model, padding included.
         memory_mb: peak above what the weights take.
     """
 
     candidates: list[str]
     scores: list[float]
-    kept: list[bool]
     tokens: int
     seconds: float
     memory_mb: float
@@ -128,7 +121,7 @@ class RankedFirst(LogitsProcessor):
 
 
 class StepEnd(StoppingCriteria):
-    """A row is done behind an end-of-sequence token, or a line's end that is not its first text.
+    """A row is done behind an end-of-sequence token, `STOP`, or a line that is not empty.
 
     Attributes:
         lengths: ``[R]`` int64, tokens until a row was done; 0 where it is not.
@@ -142,7 +135,7 @@ class StepEnd(StoppingCriteria):
         rows = input_ids[:, self.start :].tolist()
         texts = self.tokenizer.batch_decode(rows)
         ended = [
-            "\n" in text.lstrip() or row[-1] in self.eos
+            "\n" in text.lstrip() or STOP in text or row[-1] in self.eos
             for row, text in zip(rows, texts, strict=True)
         ]
         done = torch.tensor(ended, device=input_ids.device)
@@ -208,7 +201,8 @@ class TextLevel:
             node.step = self.tokenizer.decode(row[:length], skip_special_tokens=True)
             node.text = parent.text + node.step
             node.num_tokens, node.logprob = length, sum(logprob[:length])
-            node.state = "done" if row[length - 1] in self.eos else "open"
+            complete = row[length - 1] in self.eos or STOP in node.step
+            node.state = "done" if complete else "open"
 
 
 def question_of(work: Work, tokenizer: Any) -> str:
@@ -268,7 +262,6 @@ def search(way: str, work: Work) -> Found:
     return Found(
         candidates=[node.text for node in steps],
         scores=[node.score or 0.0 for node in steps],
-        kept=[node.state != "pruned" for node in steps],
         tokens=sum(seen),
         seconds=seconds,
         memory_mb=memory_mb() - before,
@@ -286,6 +279,7 @@ def run_once(way: str, work: Work, model: Any, tokenizer: Any, question: str) ->
         score="mean_logprob",
         sampling=Sampling.greedy(),
         delimiters=("\n",),
+        stop=(STOP,),
         max_step_tokens=work.step_tokens,
         max_new_tokens=work.steps * work.step_tokens,
     )
@@ -320,11 +314,10 @@ def report(text: Found, tree: Found) -> str:
         a, b = getattr(text, field), getattr(tree, field)
         ratio = f"{a / b:.1f} ×" if b > 0 else ""
         lines.append(f"{name:34}{a:>14{form}}{b:>14{form}}{ratio:>10}")
-    same = len(set(text.candidates) & set(tree.candidates))
-    lines.append(
-        f"candidates: {len(set(text.candidates))} and {len(set(tree.candidates))} different texts, "
-        f"{same} of them in both"
-    )
+    pairs = zip(text.candidates, tree.candidates, strict=False)
+    same = sum(a == b for a, b in pairs)
+    total = max(len(text.candidates), len(tree.candidates))
+    lines.append(f"{same} of {total} candidates are the same, one by one")
     return "\n".join(lines)
 
 

@@ -32,4 +32,4 @@ def _load(kind: Any, folder: Path) -> tuple[Any, Any]:
     from transformers import AutoTokenizer
 
     model = kind.from_pretrained(folder, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
+    return model, AutoTokenizer.from_pretrained(FOLDER)

@@ -83,7 +83,10 @@ def train(
     evaluate: Callable[[], dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """Trains ``model`` in place and returns the log, one row every ``plan.every`` seconds."""
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
+    fused = torch.device(plan.device).type == "cuda"
+    optimizer = torch.optim.AdamW(
+        model.parameters(), betas=(0.9, 0.98), weight_decay=0.05, fused=fused
+    )
     log: list[dict[str, Any]] = []
     begin = time.perf_counter()
     paused, shown, total, step = 0.0, 0.0, torch.zeros((), device=plan.device), 0
@@ -207,17 +210,16 @@ def verdict_quality(model: Any, batches: list[Batch]) -> dict[str, float]:
 
 
 def save(model: Any, folder: Path) -> None:
-    """Writes model and tokenizer; turns the model's weights to bfloat16."""
+    """Writes the model; turns its weights to bfloat16."""
     model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for everything written")
     parser.add_argument("--minutes", type=float, default=4.0, help="of training, both models")
-    parser.add_argument("--batch", type=int, default=2_048)
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=14, help="processes that make the data")
     parser.add_argument("--puzzles", type=int, default=512, help="held-out ones of each size")
@@ -255,6 +257,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     lessons.close()
     # What is measured from here on is what is saved.
     save(model, arguments.out)
+    tokenizer().save_pretrained(arguments.out)
     figures: dict[str, Any] = {"greedy": {n: accuracy(model, p) for n, p in puzzles.items()}}
     figures["temperature 1"] = {
         n: accuracy(model, p, arguments.samples, 1.0) for n, p in puzzles.items()
