@@ -32,6 +32,16 @@ from .integration.cache import TreeCache
 from .integration.disk import load_cache, save_cache
 from .integration.enable import EnabledTreeAttention, enable_tree_attention
 from .integration.stats import TreeCacheStats
+from .search.best_of_n import best_of_n
+from .search.budget import Budget
+from .search.driver import SearchDriver
+from .search.mcts import mcts
+from .search.result import SearchResult
+from .search.scoring import Candidate, RewardModel
+from .search.self_consistency import self_consistency
+from .search.step_beam import dvts, step_beam
+from .search.strategy import run_search
+from .search.tree_of_thoughts import tree_of_thoughts
 
 __version__ = "0.1.0"
 
@@ -41,6 +51,8 @@ __all__ = [
     "BranchEvent",
     "BranchRunner",
     "BranchingProcessor",
+    "Budget",
+    "Candidate",
     "EnabledTreeAttention",
     "ForkAtDelimiter",
     "ForkAtFirstToken",
@@ -54,8 +66,11 @@ __all__ = [
     "OutOfBlocks",
     "PruneBelow",
     "PruneByRank",
+    "RewardModel",
     "RunnerStats",
     "Sampling",
+    "SearchDriver",
+    "SearchResult",
     "StaleBranch",
     "StaleHandle",
     "Stop",
@@ -67,8 +82,15 @@ __all__ = [
     "TreeGenerateStats",
     "Turn",
     "UnsupportedModel",
+    "best_of_n",
+    "dvts",
     "enable_tree_attention",
     "load_cache",
+    "mcts",
+    "run_search",
     "save_cache",
+    "self_consistency",
+    "step_beam",
     "tree_generate",
+    "tree_of_thoughts",
 ]

@@ -52,13 +52,32 @@ FLOORS = {
     "generation.ledger": 9,
     "generation.extension": 10,
     "generation.runner": 11,
+    "search.policy": 10,
+    "search.statistics": 10,
+    "search.answers": 10,
+    "search.scoring": 10,
+    "search.budget": 10,
+    "search.result": 11,
+    "search.task": 12,
+    "search.driver": 13,
+    "search.strategy": 14,
+    "search.self_consistency": 15,
+    "search.best_of_n": 15,
+    "search.step_beam": 15,
+    "search.mcts": 15,
+    "search.tree_of_thoughts": 15,
+    "search.ask_tell": 15,
 }
 
 # What `import hf_tree_cache` brings: nothing below may ask for it.
 TOP = max(FLOORS.values()) + 1
 
 # Bookkeeping is plain ints, so that it can be tested and reasoned about without tensors.
-NO_TORCH = {"memory.allocator", "memory.tree"}
+NO_TORCH = {
+    "memory.allocator",
+    "memory.tree",
+    *(name for name in FLOORS if name.startswith("search.") and name != "search.scoring"),
+}
 
 # Imports inside functions hide dependencies; Triton is optional, so its callers may wait.
 LAZY_ALLOWED = {

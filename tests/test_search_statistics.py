@@ -17,9 +17,7 @@ from hf_tree_cache.search.statistics import leader_stays, settled
 def by_quadrature(first: int, second: int) -> float:
     """Mass of Beta(first + 1, second + 1) above one half, by the midpoint rule."""
     steps = 4000
-    density = [
-        p**first * (1 - p) ** second for p in ((i + 0.5) / steps for i in range(steps))
-    ]
+    density = [p**first * (1 - p) ** second for p in ((i + 0.5) / steps for i in range(steps))]
     return sum(density[steps // 2 :]) / sum(density)
 
 

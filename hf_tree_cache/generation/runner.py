@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -274,9 +274,10 @@ class BranchRunner:
             OutOfBlocks: no room for the next token of every branch.
         """
         extension = self._extension(branches, max_new_tokens, stop, sampling, logits_processor)
-        for event in self._run(extension):
+        for events in self._run(extension):
             if on_token is not None:
-                on_token(event)
+                for event in events:
+                    on_token(event)
         return extension.turns()
 
     def stream(
@@ -289,6 +290,25 @@ class BranchRunner:
         logits_processor: Processor | Sequence[Processor] | None = None,
     ) -> Iterator[BranchEvent]:
         """As :meth:`extend`, event by event; stop whenever you like."""
+        for events in self._run(
+            self._extension(branches, max_new_tokens, stop, sampling, logits_processor)
+        ):
+            yield from events
+
+    def steps(
+        self,
+        branches: Sequence[Branch],
+        *,
+        max_new_tokens: int | Sequence[int],
+        stop: Stop | Sequence[Stop] = Stop(),  # noqa: B008, frozen
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        logits_processor: Processor | Sequence[Processor] | None = None,
+    ) -> Generator[list[BranchEvent], None, None]:
+        """As :meth:`stream`, all events of a token of every branch at once.
+
+        Between two of them nothing is under way: branches may be forked, pruned and finished, and
+        those that ended leave the batch.
+        """
         yield from self._run(
             self._extension(branches, max_new_tokens, stop, sampling, logits_processor)
         )
@@ -380,11 +400,11 @@ class BranchRunner:
             generator=self._random(),
         )
 
-    def _run(self, extension: Extension) -> Iterator[BranchEvent]:
+    def _run(self, extension: Extension) -> Iterator[list[BranchEvent]]:
         while extension.going:
             with self._working():
                 events = extension.step()
-            yield from events
+            yield events
 
     def _states(self, call: str, branches: Iterable[Branch]) -> list[BranchState]:
         if isinstance(branches, int):

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Unpack
 
 from ..errors import InvalidArgument
-from .strategy import SearchOptions, one_or_many, run_search
 from .policy import Action, Conclusion, Expand, Finish, Score, SearchTree, conclude_best
 from .result import Question, SearchResult
 from .scoring import ScoreLike
+from .strategy import SearchOptions, one_or_many, run_search
 
 _ACTION = "step"
 

@@ -154,21 +154,22 @@ class SearchDriver:
             for events in stream:
                 interrupted = False
                 for event in events:
-                    if event.branch not in self._going:
+                    branch = Branch(event.branch)
+                    if branch not in self._going:
                         continue
-                    task, step = self._going[event.branch]
+                    task, step = self._going[branch]
                     if event.kind == "token":
                         task.tokens += 1
                         step.left -= 1
                     if event.kind == "finish" or step.crosses(event.text or ""):
                         reason = event.reason if event.kind == "finish" else "stop"
-                        del self._going[event.branch]
+                        del self._going[branch]
                         ended = task.stop_step(step, reason or "")
                         interrupted |= event.kind == "token" or not (ended or reason == "length")
                 bar.update(sum(event.kind == "token" for event in events))
                 if self._is_over():
                     return
-                if any(task.changed for task in self._tasks) and self._consult() or interrupted:
+                if (any(task.changed for task in self._tasks) and self._consult()) or interrupted:
                     return
 
     def _is_over(self) -> bool:

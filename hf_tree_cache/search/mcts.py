@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Unpack
 
 from ..errors import InvalidArgument
-from .strategy import SearchOptions, one_or_many, run_search
 from .policy import (
     STEP,
     Action,
@@ -24,6 +23,7 @@ from .policy import (
 )
 from .result import Question, SearchResult
 from .scoring import ScoreLike
+from .strategy import SearchOptions, one_or_many, run_search
 
 Value = Literal["score", "rollout"]
 Prior = Literal["uniform", "logprob"]

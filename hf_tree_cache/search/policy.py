@@ -75,7 +75,9 @@ class SearchTree:
     """
 
     question: Any = None
-    nodes: list[SearchNode] = field(default_factory=lambda: [SearchNode(0, None, 0, "question", state="open")])
+    nodes: list[SearchNode] = field(
+        default_factory=lambda: [SearchNode(0, None, 0, "question", state="open")]
+    )
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property

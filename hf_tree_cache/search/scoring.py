@@ -60,9 +60,7 @@ class LogProbScorer:
 
     def score(self, candidates: Sequence[Candidate]) -> Sequence[float]:
         """Nats, 0 at most; 0 for a branch without tokens."""
-        return [
-            sum(c.logprobs) / (max(1, len(c.logprobs)) if self.mean else 1) for c in candidates
-        ]
+        return [sum(c.logprobs) / (max(1, len(c.logprobs)) if self.mean else 1) for c in candidates]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +143,9 @@ class RewardModel:
     def _text(self, candidate: Candidate) -> str:
         question = candidate.question
         if getattr(self.tokenizer, "chat_template", None):
-            chat = [{"role": "user", "content": question}] if isinstance(question, str) else question
+            chat = (
+                [{"role": "user", "content": question}] if isinstance(question, str) else question
+            )
             chat = [*chat, {"role": "assistant", "content": candidate.text}]
             return str(self.tokenizer.apply_chat_template(chat, tokenize=False))
         if not isinstance(question, str):

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, Unpack
 
 from ..errors import InvalidArgument
-from .strategy import SearchOptions, one_or_many, run_search
 from .policy import Action, Conclusion, Expand, Finish, Score, SearchNode, SearchTree, conclude_vote
 from .result import Question, SearchResult
 from .scoring import ScoreLike
 from .statistics import leader_stays, settled
+from .strategy import SearchOptions, one_or_many, run_search
 
 Weight = Literal["probability", "score"]
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, Unpack
 
 from ..errors import InvalidArgument
-from .strategy import SearchOptions, one_or_many, run_search
 from .policy import (
     Action,
     Conclusion,
@@ -23,6 +22,7 @@ from .policy import (
 )
 from .result import Question, SearchResult
 from .scoring import ScoreLike
+from .strategy import SearchOptions, one_or_many, run_search
 
 Aggregate = Literal["last", "min", "mean", "product"]
 Select = Literal["best", "vote", "weighted"]

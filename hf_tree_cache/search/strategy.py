@@ -10,7 +10,7 @@ from ..errors import InvalidArgument
 from ..generation.options import Sampling
 from ..generation.runner import BranchRunner
 from ..integration.cache import TreeCache
-from .answers import AnswerFunction, SameFunction
+from .answers import AnswerFunction, SameFunction, extract_answer, same_answer
 from .budget import Budget
 from .driver import SearchDriver, Watch
 from .policy import Policy
@@ -126,7 +126,8 @@ def run_search(
             prompt=options.get("prompt"),
             progress=options.get("progress"),
             watch=options.get("watch"),
-            **{name: options[name] for name in ("answer", "same") if name in options},  # type: ignore[literal-required]
+            answer=options.get("answer", extract_answer),
+            same=options.get("same", same_answer),
         )
         return driver.run(questions)
 

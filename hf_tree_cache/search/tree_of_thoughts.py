@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, Unpack
 
 from ..errors import InvalidArgument
-from .strategy import SearchOptions, one_or_many, run_search
 from .policy import (
     Action,
     Conclusion,
@@ -21,6 +20,7 @@ from .policy import (
 )
 from .result import Question, SearchResult
 from .scoring import ScoreLike
+from .strategy import SearchOptions, one_or_many, run_search
 
 VALUE = "value"
 VERDICTS: Mapping[str, float] = {"sure": 20.0, "likely": 1.0, "impossible": 0.001}
