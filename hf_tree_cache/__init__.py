@@ -1,6 +1,7 @@
 """A KV cache that is a tree: what branches share is computed, stored and read once."""
 
 from .errors import (
+    AdapterMismatch,
     BatchMismatch,
     IntegrityError,
     InvalidArgument,
@@ -32,9 +33,11 @@ from .integration.cache import TreeCache
 from .integration.disk import load_cache, save_cache
 from .integration.enable import EnabledTreeAttention, enable_tree_attention
 from .integration.stats import TreeCacheStats
+from .notebook.session import SessionBranch, TreeSession
 from .search.best_of_n import best_of_n
 from .search.budget import Budget
 from .search.driver import SearchDriver
+from .search.entropy_branching import entropy_branching
 from .search.mcts import mcts
 from .search.result import SearchResult
 from .search.scoring import Candidate, RewardModel
@@ -46,6 +49,7 @@ from .search.tree_of_thoughts import tree_of_thoughts
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterMismatch",
     "BatchMismatch",
     "BranchBatch",
     "BranchEvent",
@@ -71,6 +75,7 @@ __all__ = [
     "Sampling",
     "SearchDriver",
     "SearchResult",
+    "SessionBranch",
     "StaleBranch",
     "StaleHandle",
     "Stop",
@@ -80,11 +85,13 @@ __all__ = [
     "TreeCacheStats",
     "TreeGenerateOutput",
     "TreeGenerateStats",
+    "TreeSession",
     "Turn",
     "UnsupportedModel",
     "best_of_n",
     "dvts",
     "enable_tree_attention",
+    "entropy_branching",
     "load_cache",
     "mcts",
     "run_search",

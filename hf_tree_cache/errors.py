@@ -19,6 +19,10 @@ class StorageMismatch(TreeCacheError, ValueError):
     """Keys or values whose dtype, device or head shape differ from what the cache stores."""
 
 
+class AdapterMismatch(TreeCacheError, ValueError):
+    """A forward under other PEFT adapters than those that filled the cache."""
+
+
 class StaleBranch(TreeCacheError, LookupError):
     """A branch that was pruned, or that belongs to another tree."""
 

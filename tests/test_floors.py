@@ -15,6 +15,7 @@ FLOORS = {
     "errors": 0,
     "env": 0,
     "integration.stats": 0,
+    "integration.adapters": 1,
     "memory.allocator": 1,
     "memory.storage": 1,
     "generation.processors": 1,
@@ -45,6 +46,7 @@ FLOORS = {
     "generation.batch": 8,
     "generation.loop": 9,
     "generation.options": 1,
+    "generation.grammar": 2,
     "generation.text": 1,
     "generation.prefixes": 1,
     "generation.interrupt": 1,
@@ -66,7 +68,11 @@ FLOORS = {
     "search.step_beam": 15,
     "search.mcts": 15,
     "search.tree_of_thoughts": 15,
+    "search.entropy_branching": 15,
     "search.ask_tell": 15,
+    "notebook.live": 1,
+    "notebook.panels": 8,
+    "notebook.session": 12,
 }
 
 # What `import hf_tree_cache` brings: nothing below may ask for it.
@@ -76,8 +82,8 @@ TOP = max(FLOORS.values()) + 1
 NO_TORCH = {
     "memory.allocator",
     "memory.tree",
-    *(name for name in FLOORS if name.startswith("search.") and name != "search.scoring"),
-}
+    *(name for name in FLOORS if name.startswith("search.")),
+} - {"search.scoring", "search.entropy_branching"}
 
 # Imports inside functions hide dependencies; Triton is optional, so its callers may wait.
 LAZY_ALLOWED = {

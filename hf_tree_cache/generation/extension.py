@@ -47,6 +47,7 @@ class Extension:
         tokenizer: for stop strings and the text of events.
         eos: tokens that end a text.
         generator: draws the samples.
+        with_text: events carry text.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Extension:
         tokenizer: Any,
         eos: frozenset[int],
         generator: torch.Generator | None,
+        with_text: bool,
     ) -> None:
         if min(limits, default=1) < 1:
             raise InvalidArgument(f"extend(max_new_tokens={min(limits)}): give at least 1.")
@@ -78,7 +80,8 @@ class Extension:
         self._rows = []
         for state, limit, stop, sampling in zip(states, limits, stops, samplings, strict=True):
             context = ledger.tokens(state)[-CONTEXT:]
-            stream = TextStream(tokenizer, context) if tokenizer is not None else None
+            decodes = tokenizer is not None and (with_text or stop.strings)
+            stream = TextStream(tokenizer, context) if decodes else None
             self._rows.append(_Row(state, limit, stop, sampling, context, stream))
         self._live = list(self._rows)
         self._ids = self._read_ids() if processors else None
@@ -232,11 +235,11 @@ class Extension:
             row.state.apart = False
             row.tokens.append(token)
             row.logprobs.append(logprob)
-            piece = "" if row.stream is None else row.stream.push(token)
+            piece = None if row.stream is None else row.stream.push(token)
             branch = row.state.branch
-            row.reason, row.met = self._why_stop(row, token, piece)
+            row.reason, row.met = self._why_stop(row, token, piece or "")
             if row.reason and row.stream is not None:
-                piece += row.stream.flush()
+                piece = (piece or "") + row.stream.flush()
             events.append(
                 BranchEvent("token", branch, self._steps, token=token, logprob=logprob, text=piece)
             )

@@ -128,12 +128,29 @@ class Frontier:
             tokens: for each tip, at least one.
 
         Raises:
-            OutOfBlocks: no room; tips have as many of the tokens as had room, in whole chunks.
+            OutOfBlocks: no room; nothing was appended.
         """
-        self.logits(tips)
-        logprobs: list[list[float]] = [[] for _ in tips]
-        vocab = max(1, *(tip.logits.shape[0] for tip in tips if tip.logits is not None))
+        vocab = self.logits(tips).shape[1]
         size = max(1, LOGITS_AT_ONCE // (vocab * len(tips)))
+        if max(map(len, tokens)) <= size and not self.has_states:
+            return self._append_in_parts(tips, tokens, size)
+        before = [(self.cache.fork(tip.cached)[0], tip.length, tip.logits) for tip in tips]
+        try:
+            logprobs = self._append_in_parts(tips, tokens, size)
+        except BaseException:
+            self.release(tips)
+            for tip, (cached, length, logits) in zip(tips, before, strict=True):
+                tip.cached, tip.length, tip.logits = cached, length, logits
+            raise
+        for cached, _, _ in before:
+            self.cache.prune(cached)
+        return logprobs
+
+    def _append_in_parts(
+        self, tips: Sequence[Tip], tokens: Sequence[Sequence[int]], size: int
+    ) -> list[list[float]]:
+        """As :meth:`append`, in forwards of at most ``size`` tokens a tip."""
+        logprobs: list[list[float]] = [[] for _ in tips]
         for start in range(0, max(map(len, tokens)), size):
             here = [i for i, new in enumerate(tokens) if len(new) > start]
             parts = [list(tokens[i][start : start + size]) for i in here]

@@ -11,8 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import InvalidArgument, UnsupportedModel
+from ..integration.adapters import active_adapters
 from ..integration.cache import TreeCache
 from ..integration.enable import EnabledTreeAttention, base_of, enable_tree_attention, is_enabled
+from ..memory.tree import Branch as CacheBranch
 from .extension import Extension, Processor
 from .frontier import Frontier
 from .ledger import BranchState, Ledger
@@ -273,7 +275,9 @@ class BranchRunner:
             NonFiniteScores: NaN, +inf or nothing but -inf among the scores of a branch.
             OutOfBlocks: no room for the next token of every branch.
         """
-        extension = self._extension(branches, max_new_tokens, stop, sampling, logits_processor)
+        extension = self._extension(
+            branches, max_new_tokens, stop, sampling, logits_processor, on_token is not None
+        )
         for events in self._run(extension):
             if on_token is not None:
                 for event in events:
@@ -290,8 +294,12 @@ class BranchRunner:
         logits_processor: Processor | Sequence[Processor] | None = None,
     ) -> Iterator[BranchEvent]:
         """As :meth:`extend`, event by event; stop whenever you like."""
-        for events in self._run(
-            self._extension(branches, max_new_tokens, stop, sampling, logits_processor)
+        for events in self.steps(
+            branches,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            sampling=sampling,
+            logits_processor=logits_processor,
         ):
             yield from events
 
@@ -303,19 +311,24 @@ class BranchRunner:
         stop: Stop | Sequence[Stop] = Stop(),  # noqa: B008, frozen
         sampling: Sampling | Sequence[Sampling] | None = None,
         logits_processor: Processor | Sequence[Processor] | None = None,
+        with_text: bool = True,
     ) -> Generator[list[BranchEvent], None, None]:
         """As :meth:`stream`, all events of a token of every branch at once.
 
         Between two of them nothing is under way: branches may be forked, pruned and finished, and
         those that ended leave the batch.
+
+        Args:
+            with_text: events carry text; without it only those of branches with stop strings do.
         """
         yield from self._run(
-            self._extension(branches, max_new_tokens, stop, sampling, logits_processor)
+            self._extension(branches, max_new_tokens, stop, sampling, logits_processor, with_text)
         )
 
     def logits(self, branches: Sequence[Branch]) -> torch.Tensor:
         """``[len(branches), V]`` float32: the model's raw logits of each branch's next token."""
         states = self._states("logits", branches)
+        self.cache.check_adapters(active_adapters(self.model))
         if not states:
             raise InvalidArgument("logits: give at least one branch.")
         with self._working():
@@ -357,6 +370,19 @@ class BranchRunner:
         """Which prompt a branch continues; equal prompts are one."""
         return self._ledger.get("prompt", branch).prompt
 
+    def ended(self, branch: Branch) -> str:
+        """How a branch ended, "pruned" or "finished" and why; empty while it lives."""
+        return self._ledger.get("ended", branch).ended
+
+    def stored(self, branch: Branch) -> tuple[CacheBranch, int]:
+        """The branch of the cache where a live branch stands, and how many tokens it holds.
+
+        Branches that have not parted stand at one.
+        """
+        tip = self._ledger.get_live("stored", branch).tip
+        assert tip is not None
+        return tip.cached, tip.length
+
     def node(self, branch: Branch) -> int:
         """The node of ``tree`` where a branch ends; before its first own token its parent's."""
         return self._ledger.get("node", branch).node
@@ -383,8 +409,10 @@ class BranchRunner:
         stop: Stop | Sequence[Stop],
         sampling: Sampling | Sequence[Sampling] | None,
         logits_processor: Processor | Sequence[Processor] | None,
+        with_text: bool,
     ) -> Extension:
         states = self._states("extend", branches)
+        self.cache.check_adapters(active_adapters(self.model))
         count = len(states)
         given = logits_processor or []
         return Extension(
@@ -398,6 +426,7 @@ class BranchRunner:
             tokenizer=self.tokenizer,
             eos=self._eos(),
             generator=self._random(),
+            with_text=with_text,
         )
 
     def _run(self, extension: Extension) -> Iterator[list[BranchEvent]]:

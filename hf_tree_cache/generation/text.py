@@ -97,13 +97,17 @@ class TextStream:
         self._window = list(context[-CONTEXT:])
         self._shown = len(self._decode(self._window))
         self.text = ""
+        self.is_whole = True
+        """No letter is half done."""
 
     def push(self, token: int) -> str:
         """Take the next token; returns the text that is complete now, perhaps none."""
         self._window.append(token)
         text = self._decode(self._window)
         if text.endswith("\ufffd") and len(self._window) < 4 * CONTEXT:
+            self.is_whole = False
             return ""
+        self.is_whole = True
         piece = text[self._shown :]
         self.text += piece
         if len(self._window) >= 3 * CONTEXT:

@@ -11,7 +11,7 @@ import bisect
 import math
 import unicodedata
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any, Protocol
@@ -95,6 +95,7 @@ def render_text(
     tokenizer: Decoder | None = None,
     max_width: int = 100,
     max_nodes: int = 200,
+    labels: Mapping[int, str] | None = None,
 ) -> str:
     """Draw a tree with lines for a terminal.
 
@@ -106,6 +107,7 @@ def render_text(
         tokenizer: Decodes the tokens; without one their ids are shown.
         max_width: Columns of a row, at least 40.
         max_nodes: Nodes to draw, those nearest to the roots; the rest is counted.
+        labels: Names of nodes, by id, in front of their reasons.
 
     Returns:
         Lines joined by newlines.
@@ -116,7 +118,8 @@ def render_text(
             "and a tree one node. Pass max_width >= 40 and max_nodes >= 1."
         )
     selection = _select(tree, max_nodes)
-    facts = {i: _facts(tree.nodes[i], max_width // 5) for i in selection.shown}
+    labels = labels or {}
+    facts = {i: _facts(tree.nodes[i], max_width // 5, labels.get(i, "")) for i in selection.shown}
     room = max_width - 2 - max((len(fact) for fact in facts.values()), default=0)
     rows: list[tuple[str, str]] = []
     # However deep a node hangs, ten columns of its text stay.
@@ -141,7 +144,11 @@ def render_text(
 
 
 def render_html(
-    tree: GenerationTree, tokenizer: Decoder | None = None, max_nodes: int = 1000
+    tree: GenerationTree,
+    tokenizer: Decoder | None = None,
+    max_nodes: int = 1000,
+    labels: Mapping[int, str] | None = None,
+    footer: str = "",
 ) -> str:
     """Draw a tree as one piece of HTML that needs nothing from outside.
 
@@ -154,6 +161,8 @@ def render_html(
         tree: What to draw.
         tokenizer: Decodes the tokens; without one their ids are shown.
         max_nodes: Nodes to draw, those nearest to the roots; the rest is counted.
+        labels: Names of nodes, by id, beside their numbers.
+        footer: HTML to put below the tree.
 
     Returns:
         A `<div>` element.
@@ -164,10 +173,10 @@ def render_html(
             "max_nodes >= 1."
         )
     selection = _select(tree, max_nodes)
-    parts = ['<div class="htc"><style>', _STYLE, "</style>", _header(tree)]
+    parts = [_header(tree)]
     parts.append(_overview(tree, selection))
     parts.append('<div class="htc-body">')
-    parts.extend(_outline(tree, selection, tokenizer))
+    parts.extend(_outline(tree, selection, tokenizer, labels or {}))
     if selection.hidden_prompts:
         parts.append(f'<div class="more">… {selection.hidden_prompts:,} more prompts</div>')
     parts.append("</div>")
@@ -176,8 +185,52 @@ def render_html(
             f'<div class="more">… {selection.num_hidden:,} of {len(tree.nodes):,} nodes left out '
             f"(max_nodes={max_nodes})</div>"
         )
-    parts.append("</div>")
-    return "".join(parts)
+    return frame("".join(parts) + footer)
+
+
+def frame(body: str, style: str = "") -> str:
+    """HTML in the colours and letters of these views, in a `<div>` that needs nothing else.
+
+    Args:
+        body: What to show; its classes are those of this module's style.
+        style: More rules, for elements within ".htc".
+    """
+    return f'<div class="htc"><style>{_STYLE}{style}</style>{body}</div>'
+
+
+def head(title: str, chips: Iterable[tuple[str, str, str]], legend: bool = False) -> str:
+    """The first line of a view.
+
+    Args:
+        title: Its name.
+        chips: (kind, text, tooltip) of short facts; the kind is a node's state or empty.
+        legend: Explain the tints of tokens.
+    """
+    shown = "".join(_chip(*chip) for chip in chips)
+    swatches = "".join(f"<i class=t{i}>&nbsp;&nbsp;</i>" for i in range(len(_SURPRISES) + 1))
+    tints = f'<span class="legend">likely {swatches} unlikely token</span>' if legend else ""
+    return f'<div class="head"><span class="title">{escape(title)}</span>{shown}{tints}</div>'
+
+
+def tokens_html(
+    tokens: Sequence[int],
+    logprobs: Sequence[float] | None,
+    tokenizer: Decoder | None,
+    context: Sequence[int] = (),
+    marked: Iterable[int] = (),
+) -> str:
+    """The text of tokens, each in the tint of its surprise.
+
+    Args:
+        tokens: Token ids.
+        logprobs: Of each token; None for tokens that were given.
+        tokenizer: Decodes them; without one their ids are shown.
+        context: Tokens before them.
+        marked: Indices of tokens to mark.
+    """
+    chosen = set(marked)
+    pieces = _pieces(tokenizer, context[-_CONTEXT:], tokens)
+    return _spans(tokens, logprobs, 0, pieces, chosen)
 
 
 def _columns(text: str) -> int:
@@ -303,10 +356,11 @@ def _headline(tree: GenerationTree) -> str:
     return f"GenerationTree: {_count(len(tree.roots), 'prompt')}, {branches}, {tokens}"
 
 
-def _facts(node: GenerationNode, reason_width: int) -> str:
+def _facts(node: GenerationNode, reason_width: int, label: str = "") -> str:
     """What stands behind a node's text in a terminal row."""
     mean = f"{_mean(node.logprobs):.2f}" if node.logprobs else ""
-    reason = "" if node.reason is None else shorten(_visible(node.reason), reason_width)
+    words = " · ".join(word for word in (label, node.reason) if word)
+    reason = shorten(_visible(words), reason_width)
     return f"{len(node.tokens):6d} {mean:>6}  {reason}".rstrip()
 
 
@@ -363,23 +417,20 @@ def _text_rows(
 
 def _header(tree: GenerationTree) -> str:
     counts = _state_counts(tree.nodes)
-    chips = [_chip("", _count(len(tree.roots), "prompt"), "")] if len(tree.roots) > 1 else []
-    chips.append(_chip("", _count(tree.num_branches, "branch"), ""))
+    chips = [("", _count(len(tree.roots), "prompt"), "")] if len(tree.roots) > 1 else []
+    chips.append(("", _count(tree.num_branches, "branch"), ""))
     chips += [
-        _chip(state, f"{_MARKERS[state]} {number:,} {state}", "")
+        (state, f"{_MARKERS[state]} {number:,} {state}", "")
         for state, number in counts.items()
         if number
     ]
     unique, flat = tree.num_tokens, tree.num_tokens_flat
-    chips.append(_chip("", _count(unique, "token"), "generated tokens, shared ones counted once"))
+    chips.append(("", _count(unique, "token"), "generated tokens, shared ones counted once"))
     if flat > unique:
         chips.append(
-            _chip("", f"{flat / unique:.1f}× shared", f"{flat:,} tokens as independent sequences")
+            ("", f"{flat / unique:.1f}× shared", f"{flat:,} tokens as independent sequences")
         )
-    swatches = "".join(f"<i class=t{i}>&nbsp;&nbsp;</i>" for i in range(len(_SURPRISES) + 1))
-    legend = f'<span class="legend">likely {swatches} unlikely token</span>'
-    title = '<span class="title">Generation tree</span>'
-    return f'<div class="head">{title}{"".join(chips)}{legend}</div>'
+    return head("Generation tree", chips, legend=True)
 
 
 def _chip(kind: str, text: str, title: str) -> str:
@@ -482,7 +533,10 @@ def _opened(tree: GenerationTree, selection: _Selection, roots: list[int]) -> se
 
 
 def _outline(
-    tree: GenerationTree, selection: _Selection, tokenizer: Decoder | None
+    tree: GenerationTree,
+    selection: _Selection,
+    tokenizer: Decoder | None,
+    labels: Mapping[int, str],
 ) -> Iterator[str]:
     """Yield the nodes as nested, foldable elements.
 
@@ -498,7 +552,8 @@ def _outline(
 
     def row(i: int) -> str:
         node = tree.nodes[i]
-        return _row(tree, node, tokenizer, prompt_cap if node.is_prompt else cap, endings[i])
+        room = prompt_cap if node.is_prompt else cap
+        return _row(tree, node, tokenizer, room, endings[i], labels.get(i, ""))
 
     sections: deque[tuple[int | None, list[int]]] = deque((None, [root]) for root in roots)
     while sections:
@@ -567,9 +622,10 @@ def _row(
     tokenizer: Decoder | None,
     cap: int,
     endings: dict[str, int],
+    label: str,
 ) -> str:
     kind = "prompt" if node.is_prompt else node.state
-    facts = []
+    facts = [f'<span class="name">{escape(label)}</span>'] if label else []
     if node.state == "forked":
         facts += [
             f'<span class="{state}">{_MARKERS[state]}\u2009{number:,}</span>'
@@ -604,29 +660,41 @@ def _token_spans(
     """A node's text, each token in its tint; of a long node the first and the last tokens."""
     ids = node.tokens
     if len(ids) <= cap:
-        return _spans(node, 0, _pieces(tokenizer, _context(tree, node), ids))
+        return _node_spans(node, 0, _pieces(tokenizer, _context(tree, node), ids))
     tail = len(ids) - cap // 2
     head = cap - cap // 2
     return (
-        _spans(node, 0, _pieces(tokenizer, _context(tree, node), ids[:head]))
+        _node_spans(node, 0, _pieces(tokenizer, _context(tree, node), ids[:head]))
         + f'<span class="cut"> … {_count(tail - head, "token")} … </span>'
-        + _spans(node, tail, _pieces(tokenizer, ids[tail - _CONTEXT : tail], ids[tail:]))
+        + _node_spans(node, tail, _pieces(tokenizer, ids[tail - _CONTEXT : tail], ids[tail:]))
     )
 
 
-def _spans(node: GenerationNode, offset: int, pieces: Iterable[_Piece]) -> str:
-    if node.is_prompt:
+def _node_spans(node: GenerationNode, offset: int, pieces: Iterable[_Piece]) -> str:
+    return _spans(node.tokens, None if node.is_prompt else node.logprobs, offset, pieces, set())
+
+
+def _spans(
+    tokens: Sequence[int],
+    logprobs: Sequence[float] | None,
+    offset: int,
+    pieces: Iterable[_Piece],
+    marked: set[int],
+) -> str:
+    if logprobs is None:
         return "".join(escape(shorten(_visible(piece.text), _MAX_PIECE)) for piece in pieces)
     spans = []
     for piece in pieces:
         start, stop = offset + piece.start, offset + piece.stop
         # A character spread over tokens is as likely as all of them together.
-        logprob = sum(node.logprobs[start:stop])
+        logprob = sum(logprobs[start:stop])
+        mark = " mark" if any(i in marked for i in range(start, stop)) else ""
         tint = 0 if math.isnan(logprob) else bisect.bisect(_SURPRISES, -logprob)
         text = escape(shorten(_visible(piece.text), _MAX_PIECE))
-        ids = " ".join(map(str, node.tokens[start:stop]))
+        ids = " ".join(map(str, tokens[start:stop]))
+        name = f'"t{tint}{mark}"' if mark else f"t{tint}"
         spans.append(
-            f'<i class=t{tint} title="{text}&#10;{logprob:.2f} ({_percent(logprob)})'
+            f'<i class={name} title="{text}&#10;{logprob:.2f} ({_percent(logprob)})'
             f' · id {ids}">{text}</i>'
         )
     return "".join(spans)
@@ -704,7 +772,9 @@ color:var(--muted);font-size:11.5px;font-variant-numeric:tabular-nums;white-spac
 .htc .k{min-width:4.2em;text-align:right}
 .htc .p{min-width:3.2em;padding-bottom:2px;text-align:right;
 background:linear-gradient(var(--forked),var(--forked)) right bottom/var(--p) 2px no-repeat}
+.htc .name{color:var(--text);font-weight:600}
 .htc .id{min-width:3.2em;text-align:right;opacity:.8}
+.htc i.mark{box-shadow:inset 0 -2px var(--alive)}
 .htc .more{color:var(--muted);font-size:12px;padding:3px 9px}
 .htc .t1{background:rgba(var(--tint),.10)}.htc .t2{background:rgba(var(--tint),.19)}
 .htc .t3{background:rgba(var(--tint),.29)}.htc .t4{background:rgba(var(--tint),.40)}

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from ..attention.dispatch import choose_backend
 from ..attention.plan import TreeAttentionPlan, build_plan
 from ..errors import (
+    AdapterMismatch,
     BatchMismatch,
     IntegrityError,
     InvalidArgument,
@@ -111,6 +112,7 @@ class TreeCache(Cache):
         self._lost_state = False
         self._held_states: dict[Branch, list[torch.Tensor]] = {}
         self._expected: list[int] | None = None
+        self._adapters: tuple[str, ...] = ()
         if config is not None:
             self.configure(config)
 
@@ -224,6 +226,20 @@ class TreeCache(Cache):
         padded on the left. Heeded where :func:`enable_tree_attention` is active.
         """
         self._expected = None if counts is None else list(counts)
+
+    def check_adapters(self, names: tuple[str, ...]) -> None:
+        """K/V in this cache were made, and are used, under the PEFT adapters ``names``.
+
+        Raises:
+            AdapterMismatch: they were made under others.
+        """
+        if self.tree.branches and names != self._adapters:
+            raise AdapterMismatch(
+                f"The cache was filled under {_adapters(self._adapters)}, but the model now runs "
+                f"under {_adapters(names)}: its K/V would be those of another model. Activate the "
+                "adapter again, or run the prompt again in a new TreeCache()."
+            )
+        self._adapters = names
 
     def take_expected(self, num_rows: int, num_new: int) -> list[int] | None:
         """What :meth:`expect` was told, once.
@@ -719,6 +735,10 @@ class TreeCache(Cache):
                 raise IntegrityError(
                     f"{self.tree.allocator.num_blocks} blocks, room for {storage.num_blocks}"
                 )
+
+
+def _adapters(names: tuple[str, ...]) -> str:
+    return f"adapter {', '.join(names)}" if names else "no adapter"
 
 
 def _as_ints(indices: Any) -> list[int]:

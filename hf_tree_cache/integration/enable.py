@@ -13,6 +13,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import InvalidArgument, UnsupportedModel
+from .adapters import active_adapters
 from .attention import NAME
 from .cache import TreeCache
 from .prepare import Collapsed, Forward, expand_output
@@ -35,6 +36,7 @@ def enable_tree_attention(
       each chunk of a chunked prefill) are computed once and forked.
     - A bare ``TreeCache()`` is configured from the model at its first forward.
     - A forward that fails leaves the cache as it was.
+    - A cache that was filled under other PEFT adapters is refused.
 
     Models that do not use transformers' attention interface (bloom, falcon, gptj, ...) keep their
     own attention and read dense copies; the rest of the above holds for them too.
@@ -198,6 +200,7 @@ class _Hooks:
             )
         cache.advise = False
         cache.configure(model.config)
+        cache.check_adapters(active_adapters(model))
         forward = Forward(cache, kwargs)
         self._open[-1] = (cache, forward.prepare())
         return (), forward.kwargs

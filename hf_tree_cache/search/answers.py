@@ -16,7 +16,7 @@ AnswerFunction = Callable[[str], Hashable | None]
 SameFunction = Callable[[Any, Any], bool]
 
 _BOXED = "\\boxed{"
-_PHRASE = re.compile(r"answer(?:\s+is)?\s*[:=]?\s*(?P<found>[^\n]+)", re.IGNORECASE)
+_PHRASE = re.compile(r"\banswer\s*(?:is\b\s*[:=]?|[:=])\s*([^\n]+)", re.IGNORECASE)
 _NUMBER = re.compile(r"[-−]?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 # What stands around an answer without being part of it: emphasis, quotes, a full stop.
 _AROUND = " \t\r\n*_`'\"$.,;:!"

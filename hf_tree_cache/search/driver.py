@@ -126,7 +126,7 @@ class SearchDriver:
                 if branch not in others:
                     self.runner.prune(branch, "the search is over")
         cost = self._cost(before)
-        return [task.result(self.policy.conclude, cost) for task in self._tasks]
+        return [task.result(self.policy.conclude(task.search), cost) for task in self._tasks]
 
     def _loop(self, bar: Any) -> None:
         """Ask, generate, ask again, until nothing runs."""
@@ -143,12 +143,14 @@ class SearchDriver:
     def _generate(self, turns: list[tuple[Task, Step, int]], bar: Any) -> None:
         """Token by token, until steps join or somebody must go on with other limits."""
         self._going = {step.branch: (task, step) for task, step, _ in turns}
-        for _, step, _ in turns:
+        for task, step, _ in turns:
+            task.sync(step)
             step.begin_turn()
         stream = self.runner.steps(
             list(self._going),
             max_new_tokens=[limit for _, _, limit in turns],
             stop=[step.stop for _, step, _ in turns],
+            with_text=False,
         )
         with closing(stream):
             for events in stream:
@@ -221,7 +223,7 @@ class SearchDriver:
             self._score([item for item in wanted if not item[0].ended_by])
             for task in changed:
                 if not (task.ended_by or task.steps or task.changed):
-                    task.end(task.met or "policy", "" if task.met else "nothing left to do")
+                    task.end("policy", "nothing left to do")
         return joined
 
     def _expand(self, expansions: list[tuple[Task, Expand]]) -> bool:
@@ -239,23 +241,28 @@ class SearchDriver:
             if not count:
                 continue
             planned[id(task)] += count
-            node, branch = task.search.nodes[action.node], task.held[action.node]
-            if action.keep or action.prefix:
-                branch = self.runner.fork(branch, distinct=action.distinct)[0]
-            else:
+            node, base = task.search.nodes[action.node], task.held[action.node]
+            if action.prefix or (action.keep and not action.distinct):
+                base = self.runner.fork(base)[0]
+            elif not action.keep:
                 del task.held[node.id]
                 node.state = "closed"
-            first.append((task, action, branch, count))
-        prefixed = [(branch, action.prefix) for _, action, branch, _ in first if action.prefix]
+            first.append((task, action, base, count))
+        prefixed = [(base, action.prefix) for _, action, base, _ in first if action.prefix]
         if prefixed:
-            self.runner.append([branch for branch, _ in prefixed], [text for _, text in prefixed])
-        for task, action, branch, count in first:
-            for sibling in [
-                branch,
-                *self.runner.fork(branch, count - 1, distinct=action.distinct),
-            ]:
-                task.start(action, sibling)
+            self.runner.append([base for base, _ in prefixed], [text for _, text in prefixed])
+        for task, action, base, count in first:
+            for branch in self._siblings(base, count, action):
+                task.start(action, branch)
         return bool(first)
+
+    def _siblings(self, base: Branch, count: int, action: Expand) -> list[Branch]:
+        if not action.distinct:
+            return [base, *self.runner.fork(base, count - 1)]
+        siblings = self.runner.fork(base, count, distinct=True)
+        if action.prefix or not action.keep:
+            self.runner.prune(base)
+        return siblings
 
     def _check(self, task: Task, action: Expand) -> None:
         node = task.node(action, action.node)

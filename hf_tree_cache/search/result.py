@@ -8,7 +8,7 @@ from html import escape
 from typing import Any, Literal
 
 from ..generation.record import GenerationTree
-from .policy import SearchTree
+from .policy import Conclusion, SearchTree
 
 Question = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """A text, token ids or chat messages."""
@@ -60,7 +60,7 @@ class Solution:
     mean_logprob: float
     num_tokens: int
     reason: str | None
-    leaf: int | None
+    leaf: int
 
 
 @dataclass(slots=True)
@@ -77,7 +77,7 @@ class SearchResult:
         tree: everything that was generated for this question.
         leaf: the node of ``tree`` where ``text`` ends; None where none is complete.
         ended_by: "policy", the bound that was met ("tokens", "branches", "seconds", "blocks"), or
-            "interrupted".
+            "interrupted"; "branches" also where the policy came to an end after some were refused.
         reason: the policy's own words.
         tokens_generated: for this question; a token that branches share counts once.
         branches: started for this question.
@@ -142,6 +142,54 @@ class SearchResult:
             for name, value in self.summary()
         )
         return f"<div><table>{rows}</table>{self.tree.to_html()}</div>"
+
+
+def make_result(
+    search: SearchTree,
+    found: Conclusion,
+    tree: GenerationTree,
+    leaves: Mapping[int, int],
+    *,
+    ended_by: EndedBy,
+    reason: str,
+    tokens_generated: int,
+    branches: int,
+    cost: SearchCost,
+) -> SearchResult:
+    """Gather a result.
+
+    Args:
+        leaves: for every node of ``search`` that is done, its leaf in ``tree``.
+    """
+    solutions = [
+        Solution(
+            text=node.text,
+            answer=node.answer,
+            score=node.score,
+            mean_logprob=search.mean_logprob(node.id),
+            num_tokens=search.num_tokens(node.id),
+            reason=node.reason,
+            leaf=leaves[node.id],
+        )
+        for node in search.done
+    ]
+    chosen = None if found.node is None else search.nodes[found.node]
+    return SearchResult(
+        question=search.question,
+        answer=found.answer,
+        text="" if chosen is None else chosen.text,
+        votes=found.votes,
+        score=None if chosen is None else chosen.score,
+        solutions=solutions,
+        tree=tree,
+        leaf=None if chosen is None else leaves.get(chosen.id),
+        ended_by=ended_by,
+        reason=reason,
+        tokens_generated=tokens_generated,
+        branches=branches,
+        cost=cost,
+        search=search,
+    )
 
 
 def tree_of_prompt(tree: GenerationTree, prompt: int) -> tuple[GenerationTree, dict[int, int]]:

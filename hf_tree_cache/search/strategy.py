@@ -114,7 +114,7 @@ def run_search(
         tokenizer,
         cache=cache,
         seed=options.get("seed"),
-        sampling=options.get("sampling") or _sampling_of(model),
+        sampling=options.get("sampling") or default_sampling(model),
     )
     with runner:
         driver = SearchDriver(
@@ -165,9 +165,10 @@ def one_or_many(
 def is_one_question(question: Any) -> bool:
     """Whether this is one question, and not a list of them.
 
-    A text is one, and so is a list of chat messages or of token ids.
+    A text is one, and so is a list of chat messages or of token ids; so is what is no list at all,
+    for ``prompt=`` to make something of.
     """
-    if isinstance(question, str):
+    if isinstance(question, str) or not isinstance(question, Sequence):
         return True
     return len(question) > 0 and isinstance(question[0], (dict, int))
 
@@ -176,6 +177,7 @@ def _texts(texts: Sequence[str]) -> Any:
     return texts if isinstance(texts, str) else tuple(texts)
 
 
-def _sampling_of(model: Any) -> Sampling:
+def default_sampling(model: Any) -> Sampling:
+    """The model's own generation config if it samples, else a temperature of 0.8."""
     config = getattr(model, "generation_config", None)
     return Sampling.of(config) if config is not None and config.do_sample else Sampling(0.8)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..errors import InvalidArgument
 from ..generation.options import Branch, Stop
 from ..generation.runner import BranchRunner
 from .answers import AnswerClasses, AnswerFunction
-from .policy import Action, Expand, SearchNode, SearchTree
-from .result import EndedBy, SearchCost, SearchResult, Solution, tree_of_prompt
+from .policy import Action, Conclusion, Expand, SearchNode, SearchTree
+from .result import EndedBy, SearchCost, SearchResult, make_result, tree_of_prompt
 from .scoring import Candidate
 
 
@@ -100,9 +99,10 @@ class Task:
         held: branch of every node that can be expanded or asked about.
         steps: what is being generated, by node.
         ends: branch of every node that is done, live or not.
+        holding: nodes that keep their branch when they are done.
         tokens: generated so far.
         branches: started so far.
-        met: a bound that refused it something.
+        met: a bound that refused it something, and so shaped its end.
         ended_by, reason: how it ended.
         changed: something happened that its policy has not seen.
     """
@@ -159,6 +159,8 @@ class Task:
     def sync(self, step: Step) -> None:
         """Bring a node up to date with its branch."""
         node = step.node
+        if self.runner.length(step.branch) == step.start + node.num_tokens:
+            return
         node.text = self.runner.text(step.branch)
         node.step = node.text[step.spoken :]
         node.num_tokens = self.runner.length(step.branch) - step.start
@@ -206,6 +208,8 @@ class Task:
     def end(self, ended_by: EndedBy, reason: str = "") -> None:
         """Stop here: what runs is cut, and no K/V are held any longer."""
         self.ended_by, self.reason = ended_by, reason
+        if ended_by == "policy" and self.met:
+            self.ended_by = self.met
         for step in self.steps.values():
             self.sync(step)
             step.node.state, step.node.reason = "cut", reason or ended_by
@@ -257,39 +261,18 @@ class Task:
             answer=node.answer,
         )
 
-    def result(self, conclude: Callable, cost: SearchCost) -> SearchResult:
+    def result(self, found: Conclusion, cost: SearchCost) -> SearchResult:
         """What was found; the task has ended."""
         assert self.ended_by is not None
-        search = self.search
-        found = conclude(search)
         tree, place = tree_of_prompt(self.runner.tree, self.runner.prompt(self.root))
-        leaves = {node: place[self.runner.node(branch)] for node, branch in self.ends.items()}
-        solutions = [
-            Solution(
-                text=node.text,
-                answer=node.answer,
-                score=node.score,
-                mean_logprob=search.mean_logprob(node.id),
-                num_tokens=search.num_tokens(node.id),
-                reason=node.reason,
-                leaf=leaves[node.id],
-            )
-            for node in search.done
-        ]
-        chosen = None if found.node is None else search.nodes[found.node]
-        return SearchResult(
-            question=search.question,
-            answer=found.answer,
-            text="" if chosen is None else chosen.text,
-            votes=found.votes,
-            score=None if chosen is None else chosen.score,
-            solutions=solutions,
-            tree=tree,
-            leaf=None if chosen is None else leaves.get(chosen.id),
+        return make_result(
+            self.search,
+            found,
+            tree,
+            {node: place[self.runner.node(branch)] for node, branch in self.ends.items()},
             ended_by=self.ended_by,
             reason=self.reason,
-            tokens_generated=sum(node.num_tokens for node in search.nodes),
+            tokens_generated=sum(node.num_tokens for node in self.search.nodes),
             branches=self.branches,
             cost=cost,
-            search=search,
         )
