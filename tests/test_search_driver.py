@@ -28,7 +28,7 @@ from hf_tree_cache.search.policy import (
     conclude_best,
 )
 from hf_tree_cache.search.result import SearchResult
-from hf_tree_cache.search.scoring import RewardModel
+from hf_tree_cache.search.scoring import LogProbScorer, RewardModel
 from hf_tree_cache.search.self_consistency import SelfConsistency, self_consistency
 from hf_tree_cache.search.step_beam import dvts, step_beam
 from hf_tree_cache.search.strategy import run_search
@@ -212,6 +212,13 @@ class TestBudgets:
             assert result.ended_by == "tokens"
             assert {node.state for node in result.search.nodes} >= {"cut"}
 
+    def test_what_is_complete_when_a_bound_is_met_is_still_scored(self, llama: Any) -> None:
+        options = {**SHORT, "num_branches": 8, "stop": list("xyzabc"), "score": few_vowels}
+        result = best_of_n(llama, TOKENIZER, QUESTION, budget=Budget(tokens=60), **options)
+        assert result.ended_by == "tokens"
+        assert 1 < len(result.solutions) < 8
+        assert result.score == max(solution.score for solution in result.solutions)
+
     def test_a_bound_that_is_not_met_changes_nothing(self, llama: Any) -> None:
         options = options_of("step_beam")
         free = step_beam(llama, TOKENIZER, QUESTION, **options)
@@ -243,7 +250,9 @@ class TestBudgets:
         cache = TreeCache(max_blocks=9)
         runner = BranchRunner(llama, TOKENIZER, cache=cache, seed=5, sampling=Sampling(0.8))
         with runner:
-            driver = SearchDriver(runner, BestOfN(8), limits=Limits(max_new_tokens=40))
+            driver = SearchDriver(
+                runner, BestOfN(8), scorer=LogProbScorer(), limits=Limits(max_new_tokens=40)
+            )
             (result,) = driver.run([QUESTION])
         assert result.ended_by == "blocks"
         assert result.tokens_generated > 8

@@ -269,6 +269,9 @@ class TestMCTS:
         assert asked(policy, search) == [Score((3, 4))]
         search.nodes[3].score, search.nodes[4].score = 0.0, 1.0
         assert asked(policy, search) == [Expand(2, 2)]
+        grow(beam(None, parent=2, search=search), 2)
+        again = Expand(5, kind="rollout", to_end=True, keep=True)
+        assert asked(policy, search) == [again, Score((6,))]
         assert policy.conclude(search).answer == "2"
 
     def test_it_ends_by_simulations_by_exhaustion_or_by_a_good_solution(self) -> None:

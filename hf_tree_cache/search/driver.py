@@ -115,11 +115,12 @@ class SearchDriver:
         name = type(self.policy).__name__
         try:
             with tqdm(total=total, desc=name, unit="tok", disable=disable) as bar:
-                self._loop(bar)
+                try:
+                    self._loop(bar)
+                except OutOfBlocks:
+                    self._end_all("blocks")
         except KeyboardInterrupt:
             self._end_all("interrupted")
-        except OutOfBlocks:
-            self._end_all("blocks")
         finally:
             self._going.clear()
             for branch in self.runner.branches:
@@ -190,7 +191,7 @@ class SearchDriver:
             if steps and self.budget.tokens is not None:
                 share, rest = divmod(self.budget.tokens - task.tokens, len(steps))
                 if not share and not rest:
-                    task.end("tokens")
+                    self._end([task], "tokens")
                     continue
             for i, step in enumerate(steps):
                 limit = step.left if share is None else min(step.left, share or int(i < rest))
@@ -288,9 +289,20 @@ class SearchDriver:
             task.changed = True
 
     def _end_all(self, ended_by: EndedBy) -> None:
-        for task in self._tasks:
-            if not task.ended_by:
-                task.end(ended_by)
+        self._end([task for task in self._tasks if not task.ended_by], ended_by)
+
+    def _end(self, tasks: list[Task], ended_by: EndedBy) -> None:
+        """End tasks early. What is complete still gets the scores that the policy asks for."""
+        wanted: list[tuple[Task, Score, SearchNode]] = []
+        for task in tasks:
+            task.cut(ended_by)
+            if ended_by != "interrupted":
+                for action in self.policy.decide(task.search):
+                    if isinstance(action, Score):
+                        wanted += [(task, action, task.node(action, i)) for i in action.nodes]
+        self._score(wanted)
+        for task in tasks:
+            task.end(ended_by)
 
     def _cost(self, before: SearchCost | None = None) -> SearchCost:
         """What the runner has done so far, or since ``before``."""

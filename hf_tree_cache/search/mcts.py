@@ -157,14 +157,15 @@ class MCTS:
 
     def _evaluate(self, search: SearchTree) -> list[Action]:
         """What is missing before values can be backed up."""
+        actions: list[Action] = []
+        judged = search.done
         if self.value == "rollout":
             starts = [n for n in search.open if n.kind == STEP and not search.children(n.id)]
-            if starts:
-                return [Expand(n.id, kind=ROLLOUT, to_end=True, keep=True) for n in starts]
-            waiting = [node.id for node in search.done if node.score is None]
+            actions += [Expand(n.id, kind=ROLLOUT, to_end=True, keep=True) for n in starts]
         else:
-            waiting = [node.id for node in search.open + search.done if node.score is None]
-        return [Score(tuple(waiting))] if waiting else []
+            judged = search.open + judged
+        waiting = tuple(node.id for node in judged if node.score is None)
+        return [*actions, Score(waiting)] if waiting else actions
 
     def _alive(self, search: SearchTree, chosen: list[int]) -> list[bool]:
         """Of each node, whether something at or below it can still be expanded."""

@@ -218,8 +218,9 @@ class Policy(Protocol):
     """A search strategy: two pure functions of the search so far.
 
     ``decide`` is asked at the start and whenever steps ended or scores came in. An empty list means
-    "wait"; when nothing runs, it ends the search. ``conclude`` is asked once, at the end, however
-    it came: by the policy, by a budget or by Ctrl-C.
+    "wait"; when nothing runs, it ends the search. When a bound ends it, ``decide`` is asked a last
+    time, for scores only. ``conclude`` is asked once, at the end, however it came: by the policy,
+    by a bound or by Ctrl-C.
     """
 
     def decide(self, search: SearchTree) -> Sequence[Action]:

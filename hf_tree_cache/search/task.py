@@ -205,16 +205,20 @@ class Task:
                 below.state, below.reason = "pruned", reason
             self._release(below, reason)
 
+    def cut(self, reason: str) -> None:
+        """Stop what runs."""
+        for step in self.steps.values():
+            self.sync(step)
+            step.node.state, step.node.reason = "cut", reason
+            self.runner.prune(step.branch, reason)
+        self.steps.clear()
+
     def end(self, ended_by: EndedBy, reason: str = "") -> None:
         """Stop here: what runs is cut, and no K/V are held any longer."""
+        self.cut(reason or ended_by)
         self.ended_by, self.reason = ended_by, reason
         if ended_by == "policy" and self.met:
             self.ended_by = self.met
-        for step in self.steps.values():
-            self.sync(step)
-            step.node.state, step.node.reason = "cut", reason or ended_by
-            self.runner.prune(step.branch, step.node.reason)
-        self.steps.clear()
         for node in list(self.held):
             self._release(self.search.nodes[node], "held to the end")
 
