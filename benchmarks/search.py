@@ -1,11 +1,11 @@
 """Search strategies at equal compute: share of puzzles solved against tokens computed, on a CPU.
 
     python benchmarks/search.py --out benchmarks/results/search.json
-    python benchmarks/search_report.py                                  writes the page and the figure
+    python benchmarks/search_report.py        writes docs/search/comparison.md and its figure
 
-Held-out Countdown puzzles of four numbers and the small model of examples/puzzle. Each strategy runs
-at several sizes. Counted are all tokens that went through the model, and those of the verifier by
-its size in parameters. Shares have 95 % intervals (Wilson 1927). Last line: one JSON object.
+Held-out Countdown puzzles of four numbers and the small model of examples/puzzle. Each strategy
+runs at several sizes. Counted are all tokens that went through the model, and those of the verifier
+by its size in parameters. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from typing import Any
 os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "1000")
 
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from hf_tree_cache.search.entropy_branching import entropy_branching
 from intervals import wilson
 from puzzle import load_model, load_verifier
 from puzzle.judge import Judge
@@ -36,6 +35,7 @@ from puzzle.task import answer, check, held_out_puzzles
 from hf_tree_cache import Sampling, SearchResult, run_search
 from hf_tree_cache.env import environment
 from hf_tree_cache.search.best_of_n import BestOfN
+from hf_tree_cache.search.entropy_branching import entropy_branching
 from hf_tree_cache.search.mcts import MCTS
 from hf_tree_cache.search.policy import conclude_vote
 from hf_tree_cache.search.self_consistency import SelfConsistency
