@@ -14,4 +14,7 @@ def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
     share, spread = hits / count, z * z / count
     middle = share + spread / 2
     half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count))
-    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
+    # Exact at both ends, where rounding would leave the share itself outside.
+    low = (middle - half) / (1 + spread) if hits else 0.0
+    high = (middle + half) / (1 + spread) if hits < count else 1.0
+    return low, high

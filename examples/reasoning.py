@@ -28,7 +28,7 @@ os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "1000")
 from intervals import wilson
 from weights import load_smollm2
 
-from hf_tree_cache import Sampling, SearchResult, self_consistency, step_beam
+from hf_tree_cache import Sampling, SearchResult, best_of_n, step_beam
 from hf_tree_cache.search.answers import same_answer
 from hf_tree_cache.search.policy import tally
 
@@ -110,9 +110,8 @@ def groups(count: int, size: int) -> list[range]:
 
 def answer_of(result: SearchResult, members: Sequence[int]) -> Any:
     """What most of these samples say, None where none says anything."""
-    nodes = {node.id: node for node in result.search.done}
-    ordered = [nodes[i] for i in sorted(nodes)]
-    return next(iter(tally(ordered[i] for i in members)), None)
+    done = result.search.done
+    return next(iter(tally(done[i] for i in members)), None)
 
 
 def bootstrap(values: Sequence[float], rounds: int = 2_000) -> tuple[float, float]:
@@ -143,8 +142,9 @@ def measure(
             return float(answer is not None and same_answer(str(answer), right))
 
         question = chat(shots, entry["question"])
-        drawn = self_consistency(
-            model, tokenizer, question, num_branches=samples, stop_when=None,
+        # As a vote it would stop as soon as the rest cannot change it.
+        drawn = best_of_n(
+            model, tokenizer, question, num_branches=samples, score="mean_logprob",
             sampling=Sampling(0.7), **options,
         )  # fmt: skip
         prompt = drawn.cost.prompt_tokens
@@ -155,8 +155,7 @@ def measure(
             tokens = fmean(tree_tokens([sequences[i] for i in part]) for part in parts)
             strategy = "single sample" if size == 1 else f"self-consistency, {size}"
             note(strategy, right, prompt + tokens)
-        likeliest = max(drawn.solutions, key=lambda found: found.mean_logprob)
-        note(f"likeliest of {samples}", mark(likeliest.answer), prompt + tree_tokens(sequences))
+        note(f"likeliest of {samples}", mark(drawn.answer), prompt + tree_tokens(sequences))
         beam = step_beam(
             model, tokenizer, question, score="mean_logprob", width=4, expand=4, max_steps=10,
             sampling=Sampling(0.7), **options,
