@@ -34,6 +34,7 @@ from .integration.disk import load_cache, save_cache
 from .integration.enable import EnabledTreeAttention, enable_tree_attention
 from .integration.stats import TreeCacheStats
 from .notebook.session import SessionBranch, TreeSession
+from .search.ask_tell import treequest_search
 from .search.best_of_n import best_of_n
 from .search.budget import Budget
 from .search.driver import SearchDriver
@@ -100,4 +101,5 @@ __all__ = [
     "step_beam",
     "tree_generate",
     "tree_of_thoughts",
+    "treequest_search",
 ]

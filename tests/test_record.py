@@ -554,3 +554,17 @@ TreeAgainstLists.TestCase.settings = settings(
     max_examples=60, stateful_step_count=40, deadline=None
 )
 TestTreeAgainstLists = TreeAgainstLists.TestCase
+
+
+def test_a_finished_branch_can_go_on() -> None:
+    tree = GenerationTree()
+    leaf = tree.open_branch(tree.add_prompt([1]))
+    tree.append(leaf, 2, -0.5)
+    with pytest.raises(InvalidArgument, match="only a finished one"):
+        tree.reopen(leaf)
+    tree.finish(leaf, "eos")
+    tree.reopen(leaf)
+    tree.append(leaf, 3, -0.25)
+    assert (tree.nodes[leaf].state, tree.nodes[leaf].reason) == ("alive", None)
+    assert tree.tokens(leaf) == [1, 2, 3]
+    tree.check_integrity()

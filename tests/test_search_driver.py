@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ from search_fakes import letters, tokens_through
 
 from hf_tree_cache import BranchRunner, Budget, OutOfBlocks, Sampling, SearchDriver, Stop, TreeCache
 from hf_tree_cache.errors import InvalidArgument, NonFiniteScores
+from hf_tree_cache.notebook.live import LiveView
+from hf_tree_cache.search import driver
 from hf_tree_cache.search.best_of_n import BestOfN, best_of_n
 from hf_tree_cache.search.entropy_branching import entropy_branching
 from hf_tree_cache.search.mcts import mcts
@@ -135,8 +140,8 @@ def test_every_strategy_answers_questions_together_and_repeats_itself_by_seed(
         assert result.kv_bytes_peak > 0
     again = strategy(llama, TOKENIZER, QUESTIONS, **options_of(name))
     assert list(map(facts, again)) == list(map(facts, results))
-    other = strategy(llama, TOKENIZER, QUESTIONS, **{**options_of(name), "seed": 6})
-    assert list(map(facts, other)) != list(map(facts, results))
+    other = strategy(llama, TOKENIZER, QUESTIONS[:1], **{**options_of(name), "seed": 6})
+    assert facts(other[0]) != facts(results[0])
 
 
 def test_one_question_gives_one_result_and_a_list_a_list(llama: Any) -> None:
@@ -250,10 +255,10 @@ class TestBudgets:
         cache = TreeCache(max_blocks=9)
         runner = BranchRunner(llama, TOKENIZER, cache=cache, seed=5, sampling=Sampling(0.8))
         with runner:
-            driver = SearchDriver(
+            searcher = SearchDriver(
                 runner, BestOfN(8), scorer=LogProbScorer(), limits=Limits(max_new_tokens=40)
             )
-            (result,) = driver.run([QUESTION])
+            (result,) = searcher.run([QUESTION])
         assert result.ended_by == "blocks"
         assert result.tokens_generated > 8
         runner.cache.check_integrity()
@@ -335,8 +340,8 @@ class TestInterrupts:
         runner = BranchRunner(llama, TOKENIZER, seed=5, sampling=Sampling(0.8))
         try:
             with runner:
-                driver = SearchDriver(runner, BestOfN(3), limits=Limits(max_new_tokens=40))
-                results = driver.run(QUESTIONS)
+                searcher = SearchDriver(runner, BestOfN(3), limits=Limits(max_new_tokens=40))
+                results = searcher.run(QUESTIONS)
         finally:
             hook.remove()
         runner.cache.check_integrity()
@@ -353,14 +358,14 @@ class TestInterrupts:
         runner = BranchRunner(llama, TOKENIZER, seed=5, sampling=Sampling(0.8))
         mine = runner.add_prompts([QUESTION])
         with runner:
-            driver = SearchDriver(
+            searcher = SearchDriver(
                 runner,
                 BestOfN(3),
                 scorer=type("Broken", (), {"score": lambda self, c: broken(c)})(),
                 limits=Limits(max_new_tokens=8),
             )
             with pytest.raises(ZeroDivisionError):
-                driver.run(QUESTIONS)
+                searcher.run(QUESTIONS)
             assert runner.branches == mine, "branches that were there before are left alone"
 
     def test_scores_that_are_not_finite_are_refused(self, llama: Any) -> None:
@@ -646,6 +651,31 @@ def test_a_running_search_can_be_watched(llama: Any) -> None:
     assert seen[0] == (0, [7, 7, 7])
 
 
+def test_in_a_notebook_the_tree_is_drawn_as_it_grows_and_goes_with_the_search(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures: list[str] = []
+
+    class Screen(LiveView):
+        def show(self) -> None:
+            if self._shell is not None:
+                pictures.append(self._draw())
+
+        def follow(self) -> None:
+            self.show()
+
+    monkeypatch.setattr(driver, "LiveView", Screen)
+    monkeypatch.setattr(driver, "notebook_shell", lambda: "a notebook")
+    options = {"num_branches": 2, "max_new_tokens": 6}
+    best_of_n(llama, TOKENIZER, QUESTION, progress=False, **options)
+    assert pictures == []
+    monkeypatch.setattr(driver, "tqdm", lambda **given: nullcontext(MagicMock()))
+    best_of_n(llama, TOKENIZER, QUESTION, **options)
+    assert len(pictures) == 7
+    assert all('class="htc"' in picture for picture in pictures[:-1])
+    assert len(set(pictures)) == 7 and pictures[-1] == ""
+
+
 def test_a_policy_may_ask_for_steps_that_begin_differently(llama: Any) -> None:
     @dataclass(frozen=True)
     class Apart(Says):
@@ -675,6 +705,80 @@ def test_branching_on_entropy_within_bounds(llama: Any) -> None:
     with tokens_through(llama) as seen:
         again = entropy_branching(llama, TOKENIZER, QUESTION, **options_of("entropy_branching"))
     assert sum(seen) == again.tokens_computed
+
+
+@dataclass(frozen=True)
+class Anything:
+    """Asks for anything that it may ask for, by chance, until a number of steps are made."""
+
+    seed: int
+
+    def decide(self, search: SearchTree) -> Sequence[Action]:
+        chance = random.Random(f"{self.seed} {search.question} {len(search.nodes)}")
+        if len(search.nodes) > 30:
+            return [Finish("enough")]
+        if len(search.running) > chance.randrange(4):
+            return []
+        open_nodes = [node for node in [search.root, *search.open] if node.state == "open"]
+        asides = [n for n in search.nodes if n.state == "done" and n.kind == "kept" and not n.aside]
+        actions: list[Action] = []
+        for node in chance.sample(open_nodes, min(len(open_nodes), 2)):
+            actions.append(
+                Expand(
+                    node.id,
+                    chance.randint(1, 3),
+                    kind=chance.choice(["step", "kept"]),
+                    to_end=chance.random() < 0.2,
+                    prefix=chance.choice(["", "", "so? "]),
+                    max_new_tokens=chance.choice([None, 1, 5]),
+                    distinct=chance.random() < 0.3,
+                    keep=chance.random() < 0.6,
+                    hold=True,
+                )
+            )
+        if asides and chance.random() < 0.5:
+            actions.append(Expand(chance.choice(asides).id, 2, prefix="sure? ", max_new_tokens=3))
+        unscored = [node.id for node in search.open + search.done if node.score is None]
+        if unscored and chance.random() < 0.5:
+            actions.insert(0, Score(tuple(unscored)))
+        if search.running and chance.random() < 0.3:
+            actions.append(Prune(chance.choice(search.running).id))
+        return actions
+
+    def conclude(self, search: SearchTree) -> Conclusion:
+        return conclude_best(search)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3_next"])
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_a_policy_asks_for_the_books_are_right(name: str, seed: int) -> None:
+    runner = BranchRunner(model(name), TOKENIZER, seed=seed, sampling=Sampling(1.0))
+
+    def watch(tree: Any, searches: Sequence[SearchTree]) -> None:
+        tree.check_integrity()
+        runner.cache.check_integrity()
+        for search in searches:
+            for node in search.nodes[1:]:
+                before = search.nodes[node.parent or 0]
+                assert node.aside or node.text == before.text + node.step or node.state == "running"
+
+    with runner:
+        searcher = SearchDriver(
+            runner,
+            Anything(seed),
+            scorer=LogProbScorer(),
+            limits=Limits(delimiters=tuple("bcde"), max_new_tokens=12),
+            budget=Budget(tokens=(None, 70, 90, None)[seed]),
+            watch=watch,
+        )
+        results = searcher.run(QUESTIONS)
+    assert runner.branches == [] and runner.cache.tree.allocator.num_used == 0
+    assert sum(result.tokens_generated for result in results) == runner.stats.tokens_generated
+    for result in results:
+        assert not any(node.state == "running" for node in result.search.nodes)
+        for solution in result.solutions:
+            tokens = result.tree.tokens(solution.leaf, include_prompt=False)
+            assert TOKENIZER.decode(tokens, skip_special_tokens=True) == solution.text
 
 
 def test_self_consistency_is_a_policy_and_so_is_the_users(llama: Any) -> None:

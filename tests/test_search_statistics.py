@@ -51,6 +51,21 @@ def test_the_posterior_is_how_often_a_leader_is_right() -> None:
     assert abs(right / seen - expected) < 4 * error
 
 
+def test_of_the_votes_that_were_stopped_no_more_than_allowed_elect_the_rarer_answer() -> None:
+    draw = random.Random(11)
+    stopped = wrong = 0
+    for _ in range(4000):
+        share, counts = draw.random(), [0, 0]
+        for cast in range(64):
+            counts[draw.random() >= share] += 1
+            if settled(counts, 64 - cast - 1, stop_when=0.9):
+                stopped += 1
+                wrong += (counts[0] > counts[1]) != (share > 0.5)
+                break
+    assert stopped > 3000
+    assert 0.04 < wrong / stopped <= 0.1
+
+
 def test_votes_settle_by_posterior_or_because_the_rest_cannot_change_them() -> None:
     assert not settled([3], left=10, stop_when=0.95)
     assert settled([4], left=10, stop_when=0.95)

@@ -119,11 +119,12 @@ class Extension:
         if not rows:
             return []
         tips = [_tip(row) for row in rows]
-        distinct_tips = list(dict.fromkeys(tips))
-        logits = self._frontier.logits(distinct_tips)
-        if len(distinct_tips) < len(rows):
-            place = {tip: i for i, tip in enumerate(distinct_tips)}
-            logits = logits[torch.tensor([place[tip] for tip in tips], device=logits.device)]
+        place = {tip: i for i, tip in enumerate(dict.fromkeys(tips))}
+        # Made before the forward is on its way: afterwards a copy to a GPU would wait for it.
+        index = torch.tensor([place[tip] for tip in tips], device=self._frontier.model.device)
+        logits = self._frontier.logits(list(place))
+        if len(place) < len(rows):
+            logits = logits[index.to(logits.device)]
         scores, groups = self._keep_apart(rows, self._process(rows, logits))
         tokens = self._choose(rows, scores, groups)
         broken = ~scores.amax(-1).isfinite()
@@ -211,6 +212,8 @@ class Extension:
                 [group for group in apart if len(group) > 1],
                 self._generator,
             )
+            if len(here) == len(rows):
+                return chosen
             tokens[here] = chosen
         return tokens
 

@@ -244,7 +244,7 @@ def _icicle(cache: TreeCache, standing: Mapping[CacheBranch, Sequence[str]]) -> 
         if names.get(node) and lane >= 10:
             text = escape(", ".join(names[node]))
             cells.append(
-                f'<text class="tip" x="{min(node.end * wide + 4, 990):.1f}" '
+                f'<text class="tip" x="{min(node.end * wide + 4, 1004):.1f}" '
                 f'y="{top + height - lane / 2 + 3.5:.1f}">{text}</text>'
             )
     height = lanes * lane

@@ -212,8 +212,8 @@ class TreeSession:
         cache, stats = self.runner.cache, self.stats
         dense = sum(self.runner.stored(b)[1] for b in self.runner.branches) * cache.token_bytes
         return (
-            f"{stats.tokens_computed:,} tokens computed, {stats.tokens_generated:,} generated in "
-            f"{stats.seconds:.1f} s · K/V {in_bytes(cache.kv_bytes)} in "
+            f"{stats.tokens_computed:,} tokens computed, {stats.tokens_generated:,} generated · "
+            f"K/V {in_bytes(cache.kv_bytes)} in "
             f"{counted(cache.tree.allocator.num_used, 'block')}, {in_bytes(dense)} unshared"
         )
 
@@ -365,7 +365,10 @@ class SessionBranch:
 
     def view(self) -> BranchView:
         """It as data for a panel."""
-        state = self.session.runner.ended(self.handle) or "alive"
+        runner = self.session.runner
+        node = self.session.tree.nodes[runner.node(self.handle)]
+        state = f"finished ({node.reason})" if node.state == "finished" else "alive"
+        state = runner.ended(self.handle) or state
         return BranchView(self.name, self.tokens, self.logprobs, state, self.score)
 
     def __repr__(self) -> str:

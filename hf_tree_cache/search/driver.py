@@ -13,6 +13,7 @@ from ..errors import InvalidArgument, OutOfBlocks
 from ..generation.options import Branch
 from ..generation.record import GenerationTree
 from ..generation.runner import BranchRunner
+from ..notebook.live import LiveView, notebook_shell
 from .answers import AnswerClasses, AnswerFunction, SameFunction, extract_answer, same_answer
 from .budget import Budget
 from .policy import Expand, Finish, Policy, Prune, Score, SearchNode, SearchTree
@@ -39,7 +40,8 @@ class SearchDriver:
         limits: where steps and sequences end.
         budget: bounds of the search; ``blocks`` is the bound of the runner's cache.
         prompt: makes the prompt of a question; default the question itself.
-        progress: show a bar; default only on a terminal or in a notebook.
+        progress: show a bar, and in a notebook the growing tree until the search ends; default only
+            on a terminal or in a notebook.
         watch: told the tree and the searches whenever steps have ended.
 
     Raises:
@@ -113,15 +115,23 @@ class SearchDriver:
         total = self.budget.tokens and self.budget.tokens * len(questions)
         disable = None if self.progress is None else not self.progress
         name = type(self.policy).__name__
+        searching = True
+        view = LiveView(
+            lambda: self.runner.tree.to_html() if searching else "",
+            notebook_shell() if self.progress is not False else None,
+        )
         try:
             with tqdm(total=total, desc=name, unit="tok", disable=disable) as bar:
                 try:
-                    self._loop(bar)
+                    self._loop(bar, view)
                 except OutOfBlocks:
                     self._end_all("blocks")
         except KeyboardInterrupt:
             self._end_all("interrupted")
         finally:
+            # The results draw their trees themselves.
+            searching = False
+            view.show()
             self._going.clear()
             for branch in self.runner.branches:
                 if branch not in others:
@@ -129,19 +139,21 @@ class SearchDriver:
         cost = self._cost(before)
         return [task.result(self.policy.conclude(task.search), cost) for task in self._tasks]
 
-    def _loop(self, bar: Any) -> None:
+    def _loop(self, bar: Any, view: LiveView) -> None:
         """Ask, generate, ask again, until nothing runs."""
         while True:
             self._consult()
             if self.watch is not None:
                 self.watch(self.runner.tree, [task.search for task in self._tasks])
             turns = self._allot()
+            held = sum(len(task.held) for task in self._tasks)
+            bar.set_postfix(running=len(turns), held=held, refresh=False)
             if turns:
-                self._generate(turns, bar)
+                self._generate(turns, bar, view)
             elif not any(task.steps for task in self._tasks):
                 return
 
-    def _generate(self, turns: list[tuple[Task, Step, int]], bar: Any) -> None:
+    def _generate(self, turns: list[tuple[Task, Step, int]], bar: Any, view: LiveView) -> None:
         """Token by token, until steps join or somebody must go on with other limits."""
         self._going = {step.branch: (task, step) for task, step, _ in turns}
         for task, step, _ in turns:
@@ -155,7 +167,7 @@ class SearchDriver:
         )
         with closing(stream):
             for events in stream:
-                interrupted = False
+                rejoin = False
                 for event in events:
                     branch = Branch(event.branch)
                     if branch not in self._going:
@@ -168,11 +180,12 @@ class SearchDriver:
                         reason = event.reason if event.kind == "finish" else "stop"
                         del self._going[branch]
                         ended = task.stop_step(step, reason or "")
-                        interrupted |= event.kind == "token" or not (ended or reason == "length")
+                        rejoin |= event.kind == "token" or not (ended or reason == "length")
                 bar.update(sum(event.kind == "token" for event in events))
+                view.follow()
                 if self._is_over():
                     return
-                if (any(task.changed for task in self._tasks) and self._consult()) or interrupted:
+                if (any(task.changed for task in self._tasks) and self._consult()) or rejoin:
                     return
 
     def _is_over(self) -> bool:
@@ -220,8 +233,8 @@ class SearchDriver:
                         break
                     else:
                         raise task.misfit(action, "known are Expand, Score, Prune and Finish")
-            joined |= self._expand([pair for pair in expansions if not pair[0].ended_by])
             self._score([item for item in wanted if not item[0].ended_by])
+            joined |= self._expand([pair for pair in expansions if not pair[0].ended_by])
             for task in changed:
                 if not (task.ended_by or task.steps or task.changed):
                     task.end("policy", "nothing left to do")

@@ -41,7 +41,8 @@ class SearchOptions(TypedDict, total=False):
         same: tells whether two answers are equal; default :func:`~.answers.same_answer`.
         cache: an empty TreeCache with a backend of your choice; its bound must be that of
             ``budget.blocks``.
-        progress: show a bar; default only on a terminal or in a notebook.
+        progress: show a bar, and in a notebook the growing tree until the search ends; default only
+            on a terminal or in a notebook.
         watch: called with the growing :class:`GenerationTree` and the searches of all questions
             whenever steps have ended.
     """

@@ -82,7 +82,10 @@ class Step:
         if not self.carried:
             return False
         self.tail += piece
-        return any(0 <= self.tail.find(text) < self.carried for text in self.stop.strings)
+        found = any(0 <= self.tail.find(text) < self.carried for text in self.stop.strings)
+        if len(self.tail) > self.carried + max(map(len, self.stop.strings)):
+            self.carried = 0  # whatever began before the turn has ended by now
+        return found
 
 
 @dataclass(slots=True)

@@ -1,0 +1,61 @@
+"""The notebooks in examples/ run from top to bottom, and are committed with what they showed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+nbclient = pytest.importorskip("nbclient")
+nbformat = pytest.importorskip("nbformat")
+pytest.importorskip("ipykernel")
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted(path.name for path in (ROOT / "examples").glob("*.ipynb"))
+
+
+def read(name: str) -> Any:
+    return nbformat.read(ROOT / "examples" / name, as_version=4)
+
+
+def shown(book: Any) -> list[list[str]]:
+    """For each code cell, the kinds of what it shows."""
+    kinds = []
+    for cell in book.cells:
+        if cell.cell_type == "code":
+            kinds.append(
+                [
+                    "text/html" if "text/html" in o.get("data", {}) else o.output_type
+                    for o in cell.outputs
+                ]
+            )
+    return kinds
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_runs_and_shows_what_is_committed(
+    name: str, monkeypatch: pytest.MonkeyPatch, smollm2: tuple[Any, Any]
+) -> None:
+    # The kernel is another process: it imports this checkout, on as few threads as we do.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore:IProgress not found")
+    book = read(name)
+    committed = shown(book)
+    where = {"metadata": {"path": ROOT / "examples"}}
+    client = nbclient.NotebookClient(book, timeout=240, kernel_name="python3", resources=where)
+    client.execute()
+    assert shown(book) == committed
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_committed_outputs_are_fit_to_be_read(name: str) -> None:
+    book = read(name)
+    assert any("text/html" in kinds for kinds in shown(book))
+    for cell in book.cells:
+        for output in cell.get("outputs", []):
+            assert output.output_type != "error"
+            assert output.get("name") != "stderr", output.text
+    assert (ROOT / "examples" / name).stat().st_size < 400_000
