@@ -1,6 +1,6 @@
 """SmolLM2-135M on tasks of reasoning-gym: accuracy against tokens computed, with 95 % intervals.
 
-    pip install reasoning-gym math-verify
+    pip install -e ".[demo,reasoning]"
     python examples/reasoning.py [--questions 20] [--samples 64] [--tasks chain_sum gsm_symbolic]
 
 Every question is answered by 64 samples, of which a single one, votes among 4, 16 and 64, and the

@@ -154,18 +154,28 @@ def test_the_bootstrap_interval_narrows_with_more_questions() -> None:
     assert reasoning.bootstrap([0.0] * 10) == wilson(0, 10)
 
 
-def test_reasoning_gym_is_answered_and_counted(
+def test_questions_are_answered_and_counted(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    smollm2: Any,
+    smollm2: tuple[Any, Any],
     tmp_path: Path,
 ) -> None:
-    pytest.importorskip("reasoning_gym")
+    asked = [{"question": "State the answer: 4 + 3 =", "answer": "7"}]
+    shots = [(text, reasoning.working(text)) for text in ("It: 2 + 2 - 1 =", "It: 9 - 5 =")]
     monkeypatch.setattr(reasoning, "load_smollm2", lambda: smollm2)
+    monkeypatch.setattr(reasoning, "task", lambda name, count: (asked, shots))
     out = tmp_path / "figures.json"
-    arguments = ["--questions", "1", "--samples", "4", "--tasks", "chain_sum", "--out", str(out)]
+    arguments = ["--questions", "1", "--samples", "4", "--tasks", "sums", "--out", str(out)]
     (rows,) = reasoning.main(arguments).values()
     assert [row.strategy for row in rows][:2] == ["single sample", "self-consistency, 4"]
     assert rows[0].tokens < rows[1].tokens
-    assert "chain_sum" in capsys.readouterr().out
-    assert len(json.loads(out.read_text())["chain_sum"]) == len(rows)
+    assert all(0 <= row.interval[0] <= row.accuracy <= row.interval[1] <= 1 for row in rows)
+    assert "sums" in capsys.readouterr().out
+    assert len(json.loads(out.read_text())["sums"]) == len(rows)
+
+
+def test_tasks_of_reasoning_gym_bring_worked_examples() -> None:
+    pytest.importorskip("reasoning_gym")
+    data, shots = reasoning.task("chain_sum", 2)
+    assert len(data) == 2 and int(data[0]["answer"]) == eval(data[0]["question"].split(":")[1][:-2])
+    assert all(text.endswith(".") and "=" in text for _, text in shots)
