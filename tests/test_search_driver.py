@@ -592,6 +592,10 @@ WRONG_CALLS: dict[str, tuple[Any, str]] = {
         lambda m: entropy_branching(m, TOKENIZER, QUESTION, threshold=0),
         "positive number",
     ),
+    "more children than branches": (
+        lambda m: entropy_branching(m, TOKENIZER, QUESTION, children=5, max_branches=4),
+        "no fork could",
+    ),
     "branching without a question": (
         lambda m: entropy_branching(m, TOKENIZER, []),
         "at least one question",

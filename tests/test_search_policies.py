@@ -373,6 +373,11 @@ class TestAskTell:
 
 BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no branches to vote": (SelfConsistency, {"num_branches": 0}, "at least 1"),
+    "more in parallel than there are": (
+        SelfConsistency,
+        {"num_branches": 4, "parallel": 5},
+        "at most all of them",
+    ),
     "none in parallel": (SelfConsistency, {"parallel": 0}, "at least 1"),
     "certainty below one half": (SelfConsistency, {"stop_when": 0.5}, "above 0.5"),
     "unknown weight": (SelfConsistency, {"weight": "length"}, "'probability' or 'score'"),

@@ -82,6 +82,11 @@ def entropy_branching(
     for name, bound in {**bounds, "max_branches": max_branches, "threshold": threshold}.items():
         if bound is not None and not bound > 0:
             raise InvalidArgument(f"entropy_branching({name}={bound}): give a positive number.")
+    if children > max_branches:
+        raise InvalidArgument(
+            f"entropy_branching(children={children}, max_branches={max_branches}): no fork could "
+            "ever be granted; give at least as many branches as a fork has children."
+        )
     policy = ForkOnEntropy(threshold, children, min_gap=min_gap)
     sampling = sampling or default_sampling(model)
     started = time.perf_counter()

@@ -41,10 +41,11 @@ class SelfConsistency:
     parallel: int | None = None
 
     def __post_init__(self) -> None:
-        if self.num_branches < 1 or (self.parallel is not None and self.parallel < 1):
+        at_once = self.num_branches if self.parallel is None else self.parallel
+        if not 1 <= at_once <= self.num_branches:
             raise InvalidArgument(
                 f"self_consistency(num_branches={self.num_branches}, parallel={self.parallel}): "
-                "give at least 1."
+                "give at least 1 branch, and at most all of them in parallel."
             )
         if self.stop_when is not None and not 0.5 < self.stop_when <= 1:
             raise InvalidArgument(
