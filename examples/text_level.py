@@ -45,12 +45,10 @@ Question: Tom has 4 boxes of 6 pens and gives 5 pens away. How many pens are lef
 4 boxes of 6 pens are 4 * 6 = 24 pens.
 He gives 5 away, so 24 - 5 = 19 pens are left.
 The answer is 19.
-
 Question: Ann buys 3 books for 7 dollars each and pays with 50 dollars. How much does she get back?
 3 books cost 3 * 7 = 21 dollars.
 She gets 50 - 21 = 29 dollars back.
 The answer is 29.
-
 """
 QUESTION = """\
 Question: Sam picks 12 apples and 15 pears, and eats 4 of them. How many pieces of fruit are left?
