@@ -14,7 +14,7 @@ import numpy as np
 from .task import Puzzle, random_move, random_trace, reachable
 from .vocabulary import END, IDS, PAD, encode
 
-COUNTS, WEIGHTS = (3, 4, 5), (0.1, 0.7, 0.2)
+COUNTS, WEIGHTS = (3, 4, 5), (0.15, 0.6, 0.25)
 """How many numbers the puzzles have, and how often each."""
 
 
