@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from intervals import wilson
 from puzzle import load_model, load_verifier
 from puzzle.judge import Judge
+from puzzle.merge import MergeEqual
 from puzzle.task import answer, check, held_out_puzzles
 
 from hf_tree_cache import Sampling, SearchResult, run_search
@@ -45,7 +46,7 @@ from hf_tree_cache.search.tree_of_thoughts import TreeOfThoughts
 NUMBERS = 4
 NEW_TOKENS = 96
 TEMPERATURE = 1.0
-ENTROPY = 1.0
+ENTROPY = 0.5
 """Threshold of entropy branching, in nats; all 22 symbols alike would have 3.1."""
 
 
@@ -113,6 +114,10 @@ class Bench:
             )
 
         return run
+
+    def guided(self, policy: Any) -> Run:
+        """Runs a policy that goes by steps, with the judge as its process reward."""
+        return self.policy(MergeEqual(policy), score=self.judge)
 
     def entropy(self, threshold: float, branches: int) -> Run:
         """Runs `entropy_branching`, which is no policy."""
@@ -201,21 +206,19 @@ def strategies(bench: Bench) -> list[tuple[str, Run, dict[str, Choice]]]:
     }
     for n in (4, 16, 64):
         points.append((f"{n}", bench.policy(BestOfN(n), score=bench.judge), samples))
-    for width, expand in ((1, 4), (2, 4), (4, 4), (4, 8), (8, 8)):
-        size, bound = f"{width} × {expand}", NUMBERS
-        beam = bench.policy(StepBeam(width, expand, bound), score=bench.judge)
+    for width, expand in ((1, 4), (2, 4), (4, 4), (8, 4), (16, 4)):
+        size = f"{width} × {expand}"
+        beam = bench.guided(StepBeam(width, expand, NUMBERS))
         points.append((size, beam, {"step beam": by_policy}))
         if width > 1:
-            dvts = bench.policy(StepBeam(width, expand, bound, diverse=True), score=bench.judge)
+            dvts = bench.guided(StepBeam(width, expand, NUMBERS, diverse=True))
             points.append((size, dvts, {"DVTS": by_policy}))
-    for simulations in (4, 8, 16, 32, 64):
-        mcts = MCTS(simulations, 4, good_enough=1.0, max_steps=NUMBERS)
-        run = bench.policy(mcts, score=bench.judge)
-        points.append((f"{simulations}", run, {"MCTS": by_policy}))
+    for simulations, children in ((4, 4), (8, 4), (16, 8), (32, 16)):
+        mcts = bench.guided(MCTS(simulations, children, good_enough=1.0, max_steps=NUMBERS))
+        points.append((f"{simulations}, {children} children", mcts, {"MCTS": by_policy}))
     for propose, keep in ((4, 1), (6, 2), (8, 4), (8, 8)):
-        thoughts = TreeOfThoughts(propose, keep, max_steps=NUMBERS)
-        run = bench.policy(thoughts, score=bench.judge)
-        points.append((f"{propose}, keep {keep}", run, {"tree of thoughts": by_policy}))
+        thoughts = bench.guided(TreeOfThoughts(propose, keep, max_steps=NUMBERS))
+        points.append((f"{propose}, keep {keep}", thoughts, {"tree of thoughts": by_policy}))
     for branches in (4, 16, 64):
         run = bench.entropy(ENTROPY, branches)
         points.append((f"{branches}", run, {"entropy branching": by_policy}))

@@ -9,14 +9,15 @@ import torch
 
 from hf_tree_cache.search.scoring import Candidate
 
-from .task import Puzzle, check
+from .task import Puzzle, check, reachable
 
 
 class Judge:
     """Scores steps from 0 to 1: 0 behind an invalid line, for a complete solution whether it makes
-    the target, and before that the verifier's probability that it can still be made.
+    the target, with two numbers left whether one of the four operations would, and before that the
+    verifier's probability that the target can still be made.
 
-    The checker does not look ahead, so the judge knows no more than a reader who checks sums.
+    So it knows no more than a reader who checks sums and looks one move ahead.
 
     Attributes:
         tokens: tokens that went through the verifier, padding not counted.
@@ -30,10 +31,15 @@ class Judge:
         scores = []
         unsure: list[tuple[int, str]] = []
         for i, candidate in enumerate(candidates):
-            found = check(Puzzle.parse(candidate.question), candidate.text)
+            puzzle = Puzzle.parse(candidate.question)
+            found = check(puzzle, candidate.text)
             complete = candidate.done or len(found.left) == 1
             scores.append(float(found.solved))
-            if not found.error and not complete:
+            if found.error or complete:
+                continue
+            if len(found.left) == 2:
+                scores[i] = float(puzzle.target in reachable(found.left))
+            else:
                 unsure.append((i, candidate.question + candidate.text))
         for first in range(0, len(unsure), self.batch_size):
             part = unsure[first : first + self.batch_size]
