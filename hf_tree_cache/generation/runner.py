@@ -17,6 +17,7 @@ from ..integration.enable import EnabledTreeAttention, base_of, enable_tree_atte
 from ..memory.tree import Branch as CacheBranch
 from .extension import Extension, Processor
 from .frontier import Frontier
+from .interrupt import uninterrupted
 from .ledger import BranchState, Ledger
 from .options import Branch, RunnerStats, Sampling, Stop, Turn
 from .output import BranchEvent
@@ -235,10 +236,11 @@ class BranchRunner:
                 assert state.tip is not None
                 state.tip = self._frontier.split_user(state.tip)
             logprobs = self._frontier.append([s.tip for s in states if s.tip], tokens)
-            for state, new, scores in zip(states, tokens, logprobs, strict=True):
-                state.apart = False
-                for token, logprob in zip(new, scores, strict=True):
-                    self._ledger.append(state, token, logprob)
+            with uninterrupted():
+                for state, new, scores in zip(states, tokens, logprobs, strict=True):
+                    state.apart = False
+                    for token, logprob in zip(new, scores, strict=True):
+                        self._ledger.append(state, token, logprob)
             self.stats.tokens_forced += sum(map(len, tokens))
         return logprobs
 
