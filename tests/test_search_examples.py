@@ -16,12 +16,15 @@ import text_level
 from intervals import wilson
 from puzzle import data, train
 from puzzle.judge import Judge
+from puzzle.merge import MergeEqual
 from puzzle.task import Puzzle
+from puzzle.vocabulary import encode
 
 from hf_tree_cache import Candidate
 from hf_tree_cache.search.best_of_n import BestOfN
-from hf_tree_cache.search.mcts import MCTS
+from hf_tree_cache.search.policy import Prune, SearchNode, SearchTree
 from hf_tree_cache.search.self_consistency import SelfConsistency
+from hf_tree_cache.search.step_beam import StepBeam
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +39,14 @@ def test_weights_and_verifier_fit_into_12_mb() -> None:
 
 def test_many_samples_and_a_guided_search_solve_more_than_one_sample(bench: search.Bench) -> None:
     one = bench.policy(SelfConsistency(1))
-    many = bench.policy(BestOfN(16), score=bench.judge)
-    guided = bench.policy(MCTS(16, 4, good_enough=1.0, max_steps=4), score=bench.judge)
+    many = bench.policy(BestOfN(8), score=bench.judge)
+    guided = bench.guided(StepBeam(4, 4, max_steps=4))
     choice = {"": search.by_policy}
     (single,), (best,), (tree,) = (bench.measure("", run, choice) for run in (one, many, guided))
-    assert 0 < single.solved < 15
+    assert single.share < 0.4
     assert best.solved == best.reached >= single.solved + 4
     assert tree.solved >= single.solved + 4
-    assert tree.tokens < 16 * single.tokens and tree.verifier_tokens > 0
+    assert tree.tokens < 8 * single.tokens and tree.verifier_tokens > 0
 
 
 def test_votes_and_log_probs_choose_among_the_same_samples(bench: search.Bench) -> None:
@@ -57,7 +60,7 @@ def test_votes_and_log_probs_choose_among_the_same_samples(bench: search.Bench) 
 def test_the_verifier_tells_dead_ends_it_was_not_trained_on() -> None:
     model, _ = puzzle.load_verifier()
     found = train.verdict_quality(model, [data.verdicts(10**6, 200)])
-    assert found["auc"] > 0.85
+    assert found["auc"] > 0.8
 
 
 def test_the_judge_checks_what_can_be_checked_and_asks_the_verifier_for_the_rest() -> None:
@@ -72,13 +75,24 @@ def test_the_judge_checks_what_can_be_checked_and_asks_the_verifier_for_the_rest
     assert judge.score([candidate("25-3=21 left: 21 4 7\n")]) == [0]
     assert judge.score([candidate("".join(lines[:2]), True)]) == [0]
     assert judge.tokens == 0
-    good, bad = judge.score(
-        [
-            candidate("".join(lines[:2])),
-            candidate("25*7=175 left: 175 3 4\n175*4=700 left: 700 3\n"),
-        ]
-    )
-    assert 0 < bad < 0.5 < good < 1 and judge.tokens > 0
+    # One move before the end the four operations are tried.
+    dead = "25*7=175 left: 175 3 4\n175*4=700 left: 700 3\n"
+    assert judge.score([candidate("".join(lines[:2])), candidate(dead)]) == [1, 0]
+    assert judge.tokens == 0
+    (chance,) = judge.score([candidate(lines[0])])
+    assert 0 < chance < 1 and judge.tokens == len(encode(prompt + lines[0]))
+
+
+def test_equal_steps_go_on_once() -> None:
+    tree = SearchTree(nodes=[SearchNode(0, None, 0)])
+    for step in ("a\n", "b\n", "a\n"):
+        node = tree.add(0)
+        node.state, node.text, node.step = "open", step, step
+    merged = MergeEqual(StepBeam(2, 2))
+    assert [(action.node, type(action)) for action in merged.decide(tree)] == [(3, Prune)]
+    tree.nodes[3].state = "pruned"
+    assert merged.decide(tree) == StepBeam(2, 2).decide(tree)
+    assert merged.conclude(tree) == StepBeam(2, 2).conclude(tree)
 
 
 def test_text_and_tree_propose_the_same_candidates_one_by_one() -> None:
