@@ -467,6 +467,9 @@ class TestSteps:
         node.step = ""
         step.begin_turn()
         assert not step.crosses("D")
+        node.step = "\n"
+        step.begin_turn()
+        assert not step.crosses("said"), "the empty line was passed over when it was said"
 
     def test_a_step_has_its_own_bound_and_a_sequence_its_own(self, llama: Any) -> None:
         (result,) = searched(

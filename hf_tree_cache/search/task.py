@@ -82,7 +82,11 @@ class Step:
         if not self.carried:
             return False
         self.tail += piece
-        found = any(0 <= self.tail.find(text) < self.carried for text in self.stop.strings)
+        # What lies in the carried part as a whole has been looked at when it was said.
+        found = any(
+            0 <= self.tail.find(text, max(0, self.carried - len(text) + 1)) < self.carried
+            for text in self.stop.strings
+        )
         if len(self.tail) > self.carried + max(map(len, self.stop.strings)):
             self.carried = 0  # whatever began before the turn has ended by now
         return found

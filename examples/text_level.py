@@ -1,0 +1,344 @@
+"""Step beam search twice: text re-sent to stock generate at every step, and over a tree of K/V.
+
+    python examples/text_level.py [--prompt-tokens 500] [--width 4] [--expand 4] [--steps 6]
+    python examples/text_level.py --shape 8b --prompt-tokens 8000         random weights, on a GPU
+
+The text-level way is what a search on top of an inference API does: it keeps strings, and after
+every step it sends those that stay, question and all, again. Both ways carry out the same policy,
+`StepBeam` by mean log-prob, and both are greedy: the i-th continuation of a beam begins with its
+i-th likeliest token. So they propose the same candidates, and differ in what they compute. Each
+way runs in a process of its own, so that its peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+# Threads that spin while they wait make a busy machine many times slower; read when torch loads.
+os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "1000")
+
+import torch
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from hf_tree_cache.generation.options import Sampling
+from hf_tree_cache.search.policy import Action, Expand, Finish, Prune, Score, SearchTree
+from hf_tree_cache.search.step_beam import StepBeam
+from hf_tree_cache.search.strategy import run_search
+
+SHOTS = """\
+Question: Tom has 4 boxes of 6 pens and gives 5 pens away. How many pens are left?
+4 boxes of 6 pens are 4 * 6 = 24 pens.
+He gives 5 away, so 24 - 5 = 19 pens are left.
+The answer is 19.
+Question: Ann buys 3 books for 7 dollars each and pays with 50 dollars. How much does she get back?
+3 books cost 3 * 7 = 21 dollars.
+She gets 50 - 21 = 29 dollars back.
+The answer is 29.
+"""
+QUESTION = """\
+Question: Sam picks 12 apples and 15 pears, and eats 4 of them. How many pieces of fruit are left?
+"""
+STOP = "Question:"
+"""Behind its answer the model asks the next question; the solution is complete then."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is searched: a prompt, a beam of ``width``, ``expand`` continuations of each beam."""
+
+    shape: str
+    prompt_tokens: int
+    width: int
+    expand: int
+    steps: int
+    step_tokens: int
+
+    def policy(self) -> RankedBeam:
+        return RankedBeam(self.width, self.expand, self.steps)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one way of searching did.
+
+    Attributes:
+        candidates: text of every proposed step, behind those before it.
+        scores: their mean log-probs.
+        tokens: positions that went through the model, padding included.
+        memory_mb: peak above what the weights take.
+    """
+
+    candidates: list[str]
+    scores: list[float]
+    tokens: int
+    seconds: float
+    memory_mb: float
+
+
+class RankedBeam(StepBeam):
+    """Continuations of a node begin with its likeliest, second likeliest ... token."""
+
+    def decide(self, search: SearchTree) -> Sequence[Action]:
+        actions = super().decide(search)
+        return [replace(a, distinct=True) if isinstance(a, Expand) else a for a in actions]
+
+
+class RankedFirst(LogitsProcessor):
+    """Row i begins with the token of rank ``ranks[i]``, and is greedy from then on.
+
+    Attributes:
+        logprobs: of the chosen tokens, a ``[R]`` float32 tensor a step.
+    """
+
+    def __init__(self, ranks: list[int]) -> None:
+        self.ranks = ranks
+        self.logprobs: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        chosen = scores.argmax(-1, keepdim=True)
+        if not self.logprobs:
+            ranks = torch.tensor(self.ranks, device=scores.device)[:, None]
+            chosen = scores.topk(max(self.ranks) + 1).indices.gather(1, ranks)
+        self.logprobs.append(scores.float().log_softmax(-1).gather(1, chosen)[:, 0])
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
+
+class StepEnd(StoppingCriteria):
+    """A row is done behind an end-of-sequence token, `STOP`, or a line that is not empty.
+
+    Attributes:
+        lengths: ``[R]`` int64, tokens until a row was done; 0 where it is not.
+    """
+
+    def __init__(self, tokenizer: Any, start: int, eos: set[int]) -> None:
+        self.tokenizer, self.start, self.eos = tokenizer, start, eos
+        self.lengths: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        rows = input_ids[:, self.start :].tolist()
+        texts = self.tokenizer.batch_decode(rows)
+        ended = [
+            "\n" in text.lstrip() or STOP in text or row[-1] in self.eos
+            for row, text in zip(rows, texts, strict=True)
+        ]
+        done = torch.tensor(ended, device=input_ids.device)
+        if self.lengths is None:
+            self.lengths = torch.zeros(len(rows), dtype=torch.int64, device=input_ids.device)
+        self.lengths = torch.where(done & (self.lengths == 0), len(rows[0]), self.lengths)
+        return self.lengths > 0
+
+
+class TextLevel:
+    """Carries out a policy on strings, with one call of stock generate for every round of steps."""
+
+    def __init__(self, model: Any, tokenizer: Any, step_tokens: int) -> None:
+        self.model, self.tokenizer, self.step_tokens = model, tokenizer, step_tokens
+        eos = model.generation_config.eos_token_id
+        self.eos = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+
+    def run(self, policy: StepBeam, question: str) -> SearchTree:
+        search = SearchTree(question)
+        while True:
+            expansions: list[Expand] = []
+            scored = False
+            for action in policy.decide(search):
+                if isinstance(action, Finish):
+                    return search
+                if isinstance(action, Prune):
+                    search.nodes[action.node].state = "pruned"
+                elif isinstance(action, Score):
+                    scored = True
+                    for node in action.nodes:
+                        search.nodes[node].score = search.mean_logprob(node)
+                elif isinstance(action, Expand):
+                    expansions.append(action)
+            if expansions:
+                self._expand(search, expansions)
+            elif not scored:
+                return search
+
+    @torch.inference_mode()
+    def _expand(self, search: SearchTree, expansions: list[Expand]) -> None:
+        ranks = [rank for action in expansions for rank in range(action.count)]
+        parents = [search.nodes[action.node] for action in expansions for _ in range(action.count)]
+        texts = [search.question + parent.text for parent in parents]
+        inputs = self.tokenizer(texts, return_tensors="pt", padding=True).to(self.model.device)
+        start = inputs["input_ids"].shape[1]
+        first, end = RankedFirst(ranks), StepEnd(self.tokenizer, start, self.eos)
+        ids = self.model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            do_sample=False,
+            max_new_tokens=self.step_tokens,
+            logits_processor=LogitsProcessorList([first]),
+            stopping_criteria=StoppingCriteriaList([end]),
+        )[:, start:]
+        assert end.lengths is not None
+        lengths = torch.where(end.lengths == 0, ids.shape[1], end.lengths).tolist()
+        logprobs = torch.stack(first.logprobs, 1).tolist()
+        for parent, row, length, logprob in zip(
+            parents, ids.tolist(), lengths, logprobs, strict=True
+        ):
+            parent.state = "closed"
+            node = search.add(parent.id)
+            node.step = self.tokenizer.decode(row[:length], skip_special_tokens=True)
+            node.text = parent.text + node.step
+            node.num_tokens, node.logprob = length, sum(logprob[:length])
+            complete = row[length - 1] in self.eos or STOP in node.step
+            node.state = "done" if complete else "open"
+
+
+def question_of(work: Work, tokenizer: Any) -> str:
+    """A prompt of about ``work.prompt_tokens`` tokens: worked examples, or words of no meaning."""
+    if work.shape == "8b":
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(1, len(tokenizer), (work.prompt_tokens,), generator=generator)
+        return tokenizer.decode(ids.tolist())
+    times = work.prompt_tokens // len(tokenizer(SHOTS).input_ids)
+    return SHOTS * max(times, 1) + QUESTION
+
+
+def load(shape: str) -> tuple[Any, Any]:
+    if shape == "smollm2":
+        from weights import load_smollm2
+
+        return load_smollm2()
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    from shapes import build
+
+    model = build("8B")
+    return model, words(model.config.vocab_size)
+
+
+def words(size: int) -> Any:
+    """A tokenizer of ``size`` words, w0 w1 w2 ..., for models that mean nothing."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    # Each word with the space behind it, so that texts can be put together.
+    backend = Tokenizer(models.WordLevel({f"w{i} ": i for i in range(size)}, unk_token="w0 "))
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="w0 ",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def search(way: str, work: Work) -> Found:
+    """Search one way, in this process, and measure it."""
+    model, tokenizer = load(work.shape)
+    question = question_of(work, tokenizer)
+    seen: list[int] = []
+    run_once(way, replace(work, steps=1, step_tokens=2), model, tokenizer, question[:200])
+    handle = model.get_input_embeddings().register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].numel())
+    )
+    before = memory_mb(reset=True)
+    start = time.perf_counter()
+    found = run_once(way, work, model, tokenizer, question)
+    seconds = time.perf_counter() - start
+    handle.remove()
+    steps = found.nodes[1:]
+    return Found(
+        candidates=[node.text for node in steps],
+        scores=[node.score or 0.0 for node in steps],
+        tokens=sum(seen),
+        seconds=seconds,
+        memory_mb=memory_mb() - before,
+    )
+
+
+def run_once(way: str, work: Work, model: Any, tokenizer: Any, question: str) -> SearchTree:
+    if way == "text":
+        return TextLevel(model, tokenizer, work.step_tokens).run(work.policy(), question)
+    (result,) = run_search(
+        model,
+        tokenizer,
+        [question],
+        work.policy(),
+        score="mean_logprob",
+        sampling=Sampling.greedy(),
+        delimiters=("\n",),
+        stop=(STOP,),
+        max_step_tokens=work.step_tokens,
+        max_new_tokens=work.steps * work.step_tokens,
+    )
+    return result.search
+
+
+def memory_mb(reset: bool = False) -> float:
+    """Peak memory of this process so far: of the GPU if there is one, else of the process."""
+    if torch.cuda.is_available():
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def in_its_own_process(way: str, work: Work) -> Found:
+    command = [sys.executable, __file__, "--way", way]
+    for name, value in asdict(work).items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return Found(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def report(text: Found, tree: Found) -> str:
+    """Both ways side by side."""
+    lines = [f"{'':34}{'text level':>14}{'tree':>14}{'':>10}"]
+    for name, field, form in (
+        ("tokens through the model", "tokens", ",.0f"),
+        ("seconds", "seconds", ",.1f"),
+        ("memory above the weights, MB", "memory_mb", ",.0f"),
+    ):
+        a, b = getattr(text, field), getattr(tree, field)
+        ratio = f"{a / b:.1f} ×" if b > 0 else ""
+        lines.append(f"{name:34}{a:>14{form}}{b:>14{form}}{ratio:>10}")
+    pairs = zip(text.candidates, tree.candidates, strict=False)
+    same = sum(a == b for a, b in pairs)
+    total = max(len(text.candidates), len(tree.candidates))
+    lines.append(f"{same} of {total} candidates are the same, one by one")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> tuple[Found, Found]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=("smollm2", "8b"), default="smollm2")
+    parser.add_argument("--prompt-tokens", type=int, default=500)
+    parser.add_argument("--width", type=int, default=4)
+    parser.add_argument("--expand", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--step-tokens", type=int, default=32, help="at most, of one step")
+    parser.add_argument("--way", choices=("text", "tree"), help=argparse.SUPPRESS)
+    arguments = vars(parser.parse_args(argv))
+    way = arguments.pop("way")
+    work = Work(**arguments)
+    if way is not None:
+        print(json.dumps(asdict(search(way, work))))
+        sys.exit()
+    print(f"{work}", flush=True)
+    text, tree = (in_its_own_process(way, work) for way in ("text", "tree"))
+    print(report(text, tree))
+    return text, tree
+
+
+if __name__ == "__main__":
+    main()
