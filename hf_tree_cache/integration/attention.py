@@ -76,7 +76,7 @@ def tree_attention_forward(
         _refuse_unknown(kwargs, frozenset())
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         out = torch.ops.hf_tree_cache.decode_attention(
-            query, key.keys, key.values, key.layer, key.number, scale, softcap, s_aux
+            query, key.keys, key.values, key.place, scale, softcap, s_aux
         )
         return out, None
     assert not isinstance(value, CompiledKV)

@@ -29,6 +29,9 @@ _RUNNING: weakref.WeakValueDictionary[int, CompiledLayers] = weakref.WeakValueDi
 
 _NUMBERS = itertools.count()
 
+MOST_LAYERS = 1 << 16
+"""The number of an object and that of a layer travel as one."""
+
 
 class CompiledLayers:
     """Compiled forwards for the decoder layers of ``model``.
@@ -144,13 +147,12 @@ class _Proxy:
     def __init__(self, index: int, number: int) -> None:
         self.index = index
         # A tensor, since the compiler would make one forward for each value of an int.
-        self.layer = torch.tensor(index)
-        self.number = number
+        self.place = torch.tensor(number * MOST_LAYERS + index)
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[CompiledKV, CompiledKV]:
-        kv = CompiledKV(keys, values, self.layer, self.number)
+        kv = CompiledKV(keys, values, self.place)
         return kv, kv
 
 
@@ -169,15 +171,14 @@ def decode_attention(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    layer: torch.Tensor,
-    number: int,
+    place: torch.Tensor,
     scale: float,
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """:meth:`CompiledLayers.attend` of the object ``number``; ``layer`` int64 ``[]`` on the CPU."""
-    running = _RUNNING[number]
-    return running.attend(query, keys, values, int(layer), scale, softcap, sinks)
+    """:meth:`CompiledLayers.attend`; ``place`` is int64 ``[]`` on the CPU: object and layer."""
+    number, layer = divmod(int(place), MOST_LAYERS)
+    return _RUNNING[number].attend(query, keys, values, layer, scale, softcap, sinks)
 
 
 @decode_attention.register_fake
@@ -185,8 +186,7 @@ def _(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    layer: torch.Tensor,
-    number: int,
+    place: torch.Tensor,
     scale: float,
     softcap: float | None,
     sinks: torch.Tensor | None,

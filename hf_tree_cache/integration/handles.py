@@ -88,17 +88,13 @@ class CompiledKV:
 
     Attributes:
         keys, values: ``[B, Hkv, 1, D]``.
-        layer: number of the layer, int64 ``[]`` on the CPU.
-        number: of the :class:`.compiled.CompiledLayers`.
+        place: int64 ``[]`` on the CPU: which :class:`.compiled.CompiledLayers`, and which layer.
     """
 
-    def __init__(
-        self, keys: torch.Tensor, values: torch.Tensor, layer: torch.Tensor, number: int
-    ) -> None:
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, place: torch.Tensor) -> None:
         self.keys = keys
         self.values = values
-        self.layer = layer
-        self.number = number
+        self.place = place
 
 
 class TreeMask(Materialising):
