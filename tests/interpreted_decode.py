@@ -2,7 +2,7 @@
 
 A script, for a process of its own: whether a kernel is interpreted is decided when it is imported.
 
-TRITON_INTERPRET=1 python tests/interpreted_decode.py
+TRITON_INTERPRET=1 python tests/interpreted_decode.py [--compile]
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def main() -> None:
         "return_dict_in_generate": True,
     }
     dense = model.generate(ids, **options)
-    with enable_tree_attention(model, cuda_graphs=True) as handle:
+    compile = "--compile" in sys.argv
+    with enable_tree_attention(model, cuda_graphs=True, compile=compile) as handle:
         cache = TreeCache(poison=True, block_size=4)
         ours = model.generate(ids, past_key_values=cache, **options)
         cache.check_integrity()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import shutil
 import subprocess
 import sys
 import weakref
@@ -114,13 +115,16 @@ def test_an_unknown_setting_is_refused():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Triton")
-def test_the_same_path_in_the_interpreter():
+@pytest.mark.parametrize("options", [[], ["--compile"]], ids=["plain", "compiled"])
+def test_the_same_path_in_the_interpreter(options):
+    if options and shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
     script = Path(__file__).with_name("interpreted_decode.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=250
-    )
+    command = [sys.executable, str(script), *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "without compiled layers" not in done.stderr
 
 
 def test_joined_linears_compute_the_same_and_are_given_back():
