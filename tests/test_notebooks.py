@@ -21,14 +21,22 @@ def read(name: str) -> Any:
 
 
 def shown(book: Any) -> list[list[str]]:
-    """For each code cell, the kinds of what it shows."""
+    """For each code cell, the kinds of what it shows.
+
+    What installed packages say on stderr is theirs; how often a stream is flushed is chance.
+    """
     kinds = []
     for cell in book.cells:
         if cell.cell_type == "code":
+            outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+            names = [
+                "text/html" if "text/html" in o.get("data", {}) else o.output_type for o in outputs
+            ]
             kinds.append(
                 [
-                    "text/html" if "text/html" in o.get("data", {}) else o.output_type
-                    for o in cell.outputs
+                    name
+                    for i, name in enumerate(names)
+                    if name != "stream" or names[:i][-1:] != [name]
                 ]
             )
     return kinds
