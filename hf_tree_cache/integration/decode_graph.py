@@ -59,26 +59,27 @@ class _Program:
     Attributes:
         inputs: by bucket, where the forward reads its arguments.
         obstacle: why it cannot be captured.
-        proven: two steps were recorded, and did the same.
-        record: of the first of them, and its bucket.
+        proven: two steps of one bucket were recorded, and did the same.
+        records: of the first of them, by bucket.
     """
 
     call: Call
     inputs: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     obstacle: str | None = None
     proven: bool = False
-    record: tuple[int, OpRecord] | None = None
+    records: dict[int, OpRecord] = field(default_factory=dict)
 
     def compare(self, bucket: int, record: OpRecord) -> None:
         """Learn from one more recorded step."""
         if record.blocked is not None:
             self.obstacle = f"the forward waits for the device ({record.blocked})"
-        elif self.record is None or self.record[0] != bucket:
-            self.record = bucket, record
+        elif bucket not in self.records:
+            self.records[bucket] = record
         else:
-            difference = first_difference(self.record[1], record)
+            difference = first_difference(self.records[bucket], record)
             self.obstacle = difference and f"the forward depends on lengths ({difference})"
-            self.proven, self.record = difference is None, None
+            self.proven = difference is None
+            self.records.clear()
 
 
 @dataclass(eq=False)

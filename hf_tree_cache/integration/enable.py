@@ -187,8 +187,11 @@ def _make_graphs(model: PreTrainedModel, wanted: bool | str, compile: bool) -> D
 def _with_graphs(forward: Callable[..., Any], graphs: DecodeGraphs) -> Callable[..., Any]:
     @functools.wraps(forward)
     def decode(*args: Any, **kwargs: Any) -> Any:
-        output = None if args else graphs.run(forward, kwargs)
-        return forward(*args, **kwargs) if output is None else output
+        # A compiler that looks into the model sees its plain forward.
+        if args or torch.compiler.is_compiling():
+            return forward(*args, **kwargs)
+        output = graphs.run(forward, kwargs)
+        return forward(**kwargs) if output is None else output
 
     return decode
 
