@@ -59,7 +59,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	$(call install,$(VENV),constraints.txt,dev$(comma)demo)
 
 $(VENV_MIN)/.installed: constraints-min.txt pyproject.toml
-	$(call install,$(VENV_MIN),constraints-min.txt,test)
+	$(call install,$(VENV_MIN),constraints-min.txt,test$(comma)quantised)
 
 # $(call install,folder,constraints,extras)
 define install

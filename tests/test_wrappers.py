@@ -133,9 +133,10 @@ def test_no_gradient_of_an_adapter_is_lost_in_silence(trained: str) -> None:
 # Quantised weights
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3", "qwen3_next"])
 def test_int8_weights(name: str) -> None:
-    quantization = pytest.importorskip("torchao.quantization", reason="int8: pip install torchao")
+    quantization = pytest.importorskip("torchao.quantization", reason="the extra 'quantised'")
     quantised = build(name)
     quantization.quantize_(quantised, quantization.Int8WeightOnlyConfig())
     kinds = {type(weight).__name__ for weight in quantised.parameters()}
