@@ -114,7 +114,6 @@ def with_dynamic(model: PreTrainedModel, work: Workload, tokens: int) -> None:
 
 
 def with_static(model: PreTrainedModel, work: Workload, tokens: int) -> None:
-    # One cache for all lengths, or each would be compiled anew.
     generate(model, work, tokens, cache_implementation="static")
 
 

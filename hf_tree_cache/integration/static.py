@@ -26,7 +26,6 @@ class StaticDecode:
 
     A forward runs on ``bucket`` rows, of which the step's own come first; the others are padding
     that is computed and never stored.
-
     """
 
     def __init__(self) -> None:
