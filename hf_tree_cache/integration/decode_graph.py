@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,8 @@ from .compiled import CompiledLayers
 from .decode_call import Call, outward, read_call, without_cache
 from .fingerprint import find_hook, fingerprint
 from .layers import PagedLayer
+from .linears import DecodeLinears
+from .norms import DecodeNorms
 from .op_record import OpRecord, first_difference
 from .static import StaticDecode, layouts
 from .step import NotCapturable, Step
@@ -172,6 +174,8 @@ class DecodeGraphs:
         self.stats = GraphStats()
         self._compiled = _compiled_layers(model) if compile else None
         self._model = model
+        self._linears = DecodeLinears((), join=False)
+        self._norms = DecodeNorms(())
         self._kinds: dict[Hashable, _Kind] = {}
         self._programs: dict[Call, _Program] = {}
         self._fingerprint: Hashable = None
@@ -226,8 +230,13 @@ class DecodeGraphs:
         arguments = {**dict(call.constants), **inputs, "past_key_values": cache}
 
         def decode(compiled: CompiledLayers | None = None) -> Any:
-            swapped = nullcontext() if compiled is None else compiled.swapped(static, cache.layers)
-            with cache.decode_through(static), _without_padding_check(self._model), swapped:
+            with ExitStack() as stack:
+                stack.enter_context(cache.decode_through(static))
+                stack.enter_context(_without_padding_check(self._model))
+                stack.enter_context(self._linears.switched())
+                stack.enter_context(self._norms.switched())
+                if compiled is not None:
+                    stack.enter_context(compiled.swapped(static, cache.layers))
                 static.reset()
                 return forward(**arguments)
 
@@ -341,6 +350,8 @@ class DecodeGraphs:
             self._kinds.clear()
             self._programs.clear()
             self._fingerprint = now
+            parts = self._not_compiled()
+            self._linears, self._norms = DecodeLinears(parts, join=False), DecodeNorms(parts)
         obstacle = _find_model_obstacle(self._model) or _find_obstacle(cache)
         if obstacle is not None:
             raise NotCapturable(obstacle)
@@ -348,6 +359,12 @@ class DecodeGraphs:
         kind = self._kinds.setdefault((specs, cache.deterministic), _Kind())
         self._place = _Place(weakref.ref(cache), kind, addresses, cache.storages[0].spec.device)
         return self._look_at(cache)
+
+    def _not_compiled(self) -> list[nn.Module]:
+        """The modules of the model that are not within compiled layers, each by itself."""
+        layers = [] if self._compiled is None else self._compiled.layers
+        inside = {part for layer in layers for part in layer.modules()}
+        return [part for part in self._model.modules() if part not in inside]
 
 
 def _compiled_layers(model: nn.Module) -> CompiledLayers:
