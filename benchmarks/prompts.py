@@ -71,7 +71,8 @@ def prefill(model: PreTrainedModel, shape: str) -> list[dict[str, Any]]:
         for work in works:
             if alone and work.rows > 1:
                 continue
-            how = f"TreeCache, {work.rows} branches" if not alone else "the model alone"
+            branches = "1 branch" if work.rows == 1 else f"{work.rows} branches"
+            how = "the model alone" if alone else f"TreeCache, {branches}"
             run = _model_alone if alone else _with_tree
             row: dict[str, Any] = {"prompt": work.prompt, "chunk": work.chunk, "how": how}
             found.append(row | _measured(lambda run=run, work=work: run(model, work)))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,10 +19,12 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_tree_cache import BranchingProcessor, TreeCache, tree_generate
 
 BATCHING_BLOCK = 256
+"""Tokens of a block in continuous batching, as it is by default."""
 BATCHING_SECONDS = 60.0
 
 
@@ -120,11 +125,49 @@ def with_tree_generate(model: PreTrainedModel, work: Workload, tokens: int) -> T
     return generate(model, work, tokens, progress=False, **options)
 
 
-def paged_attention() -> str:
-    """The fastest attention that continuous batching finds installed."""
+@dataclass(frozen=True)
+class Paged:
+    """An attention that continuous batching can have.
+
+    Attributes:
+        block_tables: whether its decode steps may read blocks in place.
+    """
+
+    name: str
+    block_tables: bool = True
+
+
+def paged_attentions() -> list[Paged]:
+    """What is installed, the fastest first."""
+    found = []
+    # Newer versions of transformers find out by themselves.
+    prefix = "paged|" if "paged|sdpa" in ALL_ATTENTION_FUNCTIONS.valid_keys() else ""
     if find_spec("flash_attn_interface"):
-        return "paged|flash_attention_3"
-    return "paged|flash_attention_2" if find_spec("flash_attn") else "paged|sdpa"
+        found.append(Paged(f"{prefix}flash_attention_3"))
+    elif find_spec("fa3_fwd_interface"):
+        found.append(Paged(f"{prefix}flash_attention_3", block_tables=False))
+    elif find_spec("flash_attn"):
+        found.append(Paged(f"{prefix}flash_attention_2"))
+    return [*found, Paged(f"{prefix}sdpa", block_tables=False)]
+
+
+@contextmanager
+def attending(model: PreTrainedModel, attention: Paged) -> Iterator[None]:
+    """``model`` with an attention that transformers may not know to be installed."""
+    before = model.config._attn_implementation
+    alias = "flash_attn_interface"
+    borrowed = "flash_attention_3" in attention.name and not attention.block_tables
+    if borrowed:
+        # FlashAttention-3's forward by itself (fa3-fwd) is installed under a name of its own.
+        sys.modules[alias] = import_module("fa3_fwd_interface")
+    # set_attn_implementation would ask for the distribution's name.
+    model.config._attn_implementation = attention.name
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+        if borrowed:
+            del sys.modules[alias]
 
 
 def with_batching(
@@ -138,6 +181,25 @@ def with_batching(
         graphs: steps from CUDA graphs, padded to 32 tokens a branch.
         ahead: prepare a step while the last one runs.
     """
+    *fast, plain = paged_attentions()
+    for attention in fast:
+        try:
+            with attending(model, attention):
+                return _batch(model, work, tokens, attention, graphs, ahead)
+        except Exception as error:
+            print(f"{attention.name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+    with attending(model, plain):
+        return _batch(model, work, tokens, plain, graphs, ahead)
+
+
+def _batch(
+    model: PreTrainedModel,
+    work: Workload,
+    tokens: int,
+    attention: Paged,
+    graphs: bool,
+    ahead: bool,
+) -> Timeline:
     config = GenerationConfig(
         do_sample=True,
         top_k=0,
@@ -149,8 +211,8 @@ def with_batching(
     # A step reads at most as many tokens as the cache has room for, shared ones once a branch.
     blocks = work.rows * (2 + (work.prompt + tokens) // BATCHING_BLOCK)
     batching = ContinuousBatchingConfig(
-        block_size=BATCHING_BLOCK,
         num_blocks=blocks,
+        max_blocks_per_request=None if attention.block_tables else 0,
         max_batch_tokens=max(2_048, work.rows),
         max_requests_per_batch=work.rows,
         use_cuda_graph=graphs,
@@ -159,37 +221,31 @@ def with_batching(
         kv_padding_interval_size=32 * work.rows if graphs else 0,
         seed=0,
     )
-    attention = paged_attention()
-    before = model.config._attn_implementation
-    model.set_attn_implementation(attention)
     ids = prompt_of(model, work.prompt)[0].tolist()
     begun = time.perf_counter()
     outputs: list[Any] = []
-    try:
-        with model.continuous_batching_context_manager(
-            generation_config=config, continuous_batching_config=batching, timeout=10
-        ) as manager:
-            settle()
-            begin = time.perf_counter()
-            manager.add_request(ids, max_new_tokens=tokens, record_timestamps=True, eos_token_id=-1)
-            while len(outputs) < work.rows and time.perf_counter() - begin < BATCHING_SECONDS:
-                output = manager.get_result(timeout=1)
-                if output is not None and output.is_finished():
-                    outputs.append(output)
-                elif output is None and not manager.is_running():
-                    break
-            total = time.perf_counter() - begin
-            if len(outputs) < work.rows:
-                manager.stop(block=True, timeout=10, hard_stop=True)
-    finally:
-        model.set_attn_implementation(before)
+    with model.continuous_batching_context_manager(
+        generation_config=config, continuous_batching_config=batching, timeout=10
+    ) as manager:
+        settle()
+        begin = time.perf_counter()
+        manager.add_request(ids, max_new_tokens=tokens, record_timestamps=True, eos_token_id=-1)
+        while len(outputs) < work.rows and time.perf_counter() - begin < BATCHING_SECONDS:
+            output = manager.get_result(timeout=1)
+            if output is not None and output.is_finished():
+                outputs.append(output)
+            elif output is None and not manager.is_running():
+                break
+        total = time.perf_counter() - begin
+        if len(outputs) < work.rows:
+            manager.stop(block=True, timeout=10, hard_stop=True)
     errors = {output.error for output in outputs if output.error is not None}
     if errors or len(outputs) < work.rows:
         raise RuntimeError(f"{len(outputs)} of {work.rows} came back: {errors or 'no error'}")
     assert all(len(output.generated_tokens) == tokens for output in outputs)
     stamps = [output.timestamps[:tokens] for output in outputs]
     timeline = Timeline([max(row) - begin for row in zip(*stamps, strict=True)], total)
-    timeline.notes = {"setup_s": begin - begun, "attention": attention}
+    timeline.notes = {"setup_s": begin - begun, "attention": attention.name}
     return timeline
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from transformers import modeling_flash_attention_utils as flash_utils
 
 pytest.importorskip("triton")
 
@@ -65,8 +69,54 @@ def test_continuous_batching_returns_every_branch_and_leaves_the_model(model: An
     model.set_attn_implementation("sdpa")
     timeline = ways.with_batching(model, ways.Workload(300, 5, 9), 9, graphs=False, ahead=False)
     assert len(timeline.tokens) == 9
-    assert timeline.notes["attention"].startswith("paged|")
+    assert timeline.notes["attention"].removeprefix("paged|") == "sdpa"
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.core
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a kernel")
+def test_continuous_batching_takes_flash_attention_where_it_is_installed(
+    model: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    longest = []
+
+    def flash_attn_varlen_func(
+        q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: int,
+        max_seqlen_k: int, softmax_scale: Any = None, causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+    ) -> Any:  # fmt: skip
+        longest.append(int(max_seqlen_k))
+        assert causal and tuple(window_size) == (-1, -1)
+        ends_q, ends_k = cu_seqlens_q, cu_seqlens_k
+        out = torch.empty_like(q)
+        for i in range(len(ends_q) - 1):
+            ours, theirs = (slice(int(ends[i]), int(ends[i + 1])) for ends in (ends_q, ends_k))
+            new, old = ours.stop - ours.start, theirs.stop - theirs.start
+            out[ours] = torch.nn.functional.scaled_dot_product_attention(
+                *(x.transpose(0, 1) for x in (q[ours], k[theirs], v[theirs])),
+                attn_mask=torch.ones(new, old, dtype=torch.bool).tril(old - new),
+                scale=softmax_scale,
+                enable_gqa=True,
+            ).transpose(0, 1)
+        return out
+
+    flash = ModuleType("fa3_fwd_interface")
+    flash.__spec__ = ModuleSpec("fa3_fwd_interface", None)
+    flash.flash_attn_varlen_func = flash_attn_varlen_func
+    flash.flash_attn_func = flash.flash_attn_with_kvcache = flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "fa3_fwd_interface", flash)
+    work = ways.Workload(300, 5, 9)
+    timeline = ways.with_batching(model, work, 9, graphs=False, ahead=False)
+    assert capsys.readouterr().out == ""
+    assert timeline.notes["attention"].removeprefix("paged|") == "flash_attention_3"
+    assert max(longest) == 308
+    assert "flash_attn_interface" not in sys.modules
+
+    del flash.flash_attn_varlen_func
+    monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
+    timeline = ways.with_batching(model, work, 9, graphs=False, ahead=False)
+    assert "flash_attention_3: " in capsys.readouterr().out
+    assert timeline.notes["attention"].removeprefix("paged|") == "sdpa"
 
 
 def test_different_prompts_are_stored_without_padding(model: Any) -> None:
@@ -88,6 +138,21 @@ def test_the_most_branches_are_found_below_a_bound_and_the_cache_stays_sound(mod
     failures = [one for one in found["tries"] if "failed" in one]
     assert failures and all("OutOfBlocks" in one["failed"] for one in failures)
     assert all(one["usable_after"] is True for one in failures)
+
+
+def test_running_out_of_memory_in_a_forward_leaves_the_cache_sound(model: Any) -> None:
+    def fail(module: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+        if len(arguments[0]) > 9:
+            raise torch.OutOfMemoryError("CUDA out of memory (not really)")
+
+    hook = model.model.layers[1].mlp.register_forward_pre_hook(fail)
+    try:
+        found = capacity.most_branches(model, ways.Workload(40, 4, 6), seconds=60)
+    finally:
+        hook.remove()
+    assert (found["tree_rows"], found["too_many"]) == (9, 10)
+    failures = [one for one in found["tries"] if "failed" in one]
+    assert failures and all(one["usable_after"] is True for one in failures)
 
 
 def test_the_search_for_the_most_branches_ends_with_its_time(model: Any) -> None:
