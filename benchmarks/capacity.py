@@ -7,18 +7,21 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from shapes import token_bytes
-from steps import free_gb, peak_memory
+from steps import free_gb, peak_memory, settle
 from transformers import PreTrainedModel
-from ways import Workload, generate
+from ways import Workload, generate, prompt_of
 
 from hf_tree_cache import TreeCache, enable_tree_attention
 
 LARGEST = {
-    "8B": (Workload(32_768, 1_024, 8, chunk=8_192), 60.0),
+    "8B": (Workload(32_768, 2_048, 8, chunk=8_192), 60.0),
     "tiny": (Workload(70, 4, 8, chunk=32), 10.0),
 }
 """Fewest branches to try, and seconds."""
+
+SAMPLED_AT_ONCE = 1_024
 
 
 def most_branches(
@@ -29,8 +32,9 @@ def most_branches(
 ) -> dict[str, Any]:
     """Doubles the branches of ``first`` until they do not fit, then halves the gap.
 
-    Steps run eagerly: graphs would hold memory for every size that is tried. After each failure the
-    same cache must be sound, and serve a small batch.
+    The prompt is computed once and forked, as a search does; ``generate`` would hold the prompt's
+    ids and mask for every branch. Steps run eagerly: graphs would hold memory for every size that
+    is tried. After each failure the same cache must be sound, and serve a small batch.
 
     Args:
         seconds: nothing is started that would probably end later.
@@ -77,7 +81,7 @@ def _try(
     work = Workload(first.prompt, rows, first.tokens, chunk=first.chunk)
     with peak_memory() as peak:
         try:
-            generate(model, work, work.tokens, past_key_values=cache)
+            _fork_and_decode(model, work, cache)
             done["kv_gb"] = cache.kv_bytes / 1e9
         except Exception as error:
             done["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
@@ -87,6 +91,26 @@ def _try(
     if "failed" in done:
         done["usable_after"] = _is_usable(model, cache)
     return done
+
+
+@torch.no_grad()
+def _fork_and_decode(model: PreTrainedModel, work: Workload, cache: TreeCache) -> None:
+    """Decode the tokens of all branches together."""
+    for part in prompt_of(model, work.prompt).split(work.chunk or work.prompt, dim=1):
+        out = model(input_ids=part, past_key_values=cache, logits_to_keep=1)
+    cache.select([0] * work.rows)
+    tokens = _sample(out.logits[:, -1].expand(work.rows, -1))
+    for step in range(work.tokens - 1):
+        positions = torch.full_like(tokens, work.prompt + step)
+        out = model(input_ids=tokens, position_ids=positions, past_key_values=cache)
+        tokens = _sample(out.logits[:, -1])
+    settle()
+
+
+def _sample(logits: torch.Tensor) -> torch.Tensor:
+    """``[N, V]`` to ``[N, 1]``, a part of the rows at a time: probabilities are float32."""
+    parts = logits.split(SAMPLED_AT_ONCE)
+    return torch.cat([torch.multinomial(part.float().softmax(-1), 1) for part in parts])
 
 
 def _is_usable(model: PreTrainedModel, cache: TreeCache) -> bool | str:

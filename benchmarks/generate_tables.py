@@ -197,8 +197,8 @@ def _largest(found: dict[str, Any] | None) -> list[str]:
     broken = [one for one in found["tries"] if one.get("usable_after", True) is not True]
     state = "**a cache was broken after it**" if broken else "caches were sound after failures"
     text = (
-        f"The most branches of a prompt of {found['prompt']:,} tokens, {found['tokens']} new "
-        f"tokens each, steps without graphs: {found['tree_rows']:,} ({limit}; {state}). Dense "
+        f"The most branches forked from a prompt of {found['prompt']:,} tokens, {found['tokens']} "
+        f"new tokens each, steps without graphs: {found['tree_rows']:,} ({limit}; {state}). Dense "
         f"rows: {found['dense_rows']:,}."
     )
     return [_wrapped(text)]
