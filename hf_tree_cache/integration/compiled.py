@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 from ..attention.plan import Window
 from .handles import CompiledKV, TreeMask
 from .layers import PagedLayer
-from .linears import DecodeLinears
 from .static import StaticDecode
 from .step import NotCapturable
 
@@ -50,7 +49,6 @@ class CompiledLayers:
             raise NotCapturable("the model does not say what its decoder layers are")
         if any("forward" in vars(layer) for layer in self.layers):
             raise NotCapturable("the forward of its layers was replaced")
-        self._linears = self._find_linears()
         self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
         self._number = next(_NUMBERS)
         _RUNNING[self._number] = self
@@ -68,8 +66,6 @@ class CompiledLayers:
         Args:
             paged: layers of the cache.
         """
-        if not self._linears.intact:  # weights were replaced
-            self._linears = self._find_linears()
         self._static, self._paged = static, paged
         names = sorted({type(layer).__name__ for layer in self.layers})
         with tqdm(
@@ -78,19 +74,11 @@ class CompiledLayers:
             try:
                 for layer, proxy in zip(self.layers, self._proxies, strict=True):
                     layer.forward = self._forward_of(layer, proxy, bar)
-                with self._linears.switched():
-                    yield
+                yield
             finally:
                 for layer in self.layers:
                     vars(layer).pop("forward", None)
                 self._static, self._paged = None, []
-
-    def _find_linears(self) -> DecodeLinears:
-        return DecodeLinears([part for x in self.layers for part in x.modules()], join=True)
-
-    def release(self) -> None:
-        """Leave the model's weights as they were found."""
-        self._linears.release()
 
     def attend(
         self,

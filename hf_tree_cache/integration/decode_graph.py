@@ -187,9 +187,8 @@ class DecodeGraphs:
         """Drop all graphs, and leave the model as it was found."""
         self._kinds.clear()
         self._programs.clear()
-        if self._compiled is not None:
-            self._compiled.release()
-            self._compiled = None
+        self._linears.release()
+        self._compiled = None
 
     def run(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """The output of a decode step; None if ``forward`` must be called as ever."""
@@ -233,7 +232,7 @@ class DecodeGraphs:
             with ExitStack() as stack:
                 stack.enter_context(cache.decode_through(static))
                 stack.enter_context(_without_padding_check(self._model))
-                stack.enter_context(self._linears.switched())
+                stack.enter_context(self._linears.switched(learn=compiled is None))
                 stack.enter_context(self._norms.switched())
                 if compiled is not None:
                     stack.enter_context(compiled.swapped(static, cache.layers))
@@ -287,8 +286,6 @@ class DecodeGraphs:
         try:
             return decode(self._compiled)
         except Exception as error:
-            assert self._compiled is not None
-            self._compiled.release()
             self._compiled = None
             first = str(error).strip().partition("\n")[0]
             logger.warning(
@@ -349,9 +346,8 @@ class DecodeGraphs:
         if now != self._fingerprint:
             self._kinds.clear()
             self._programs.clear()
-            self._fingerprint = now
-            parts = self._not_compiled()
-            self._linears, self._norms = DecodeLinears(parts, join=False), DecodeNorms(parts)
+            self._look_at_parts()
+            self._fingerprint = fingerprint(self._model)
         obstacle = _find_model_obstacle(self._model) or _find_obstacle(cache)
         if obstacle is not None:
             raise NotCapturable(obstacle)
@@ -360,11 +356,15 @@ class DecodeGraphs:
         self._place = _Place(weakref.ref(cache), kind, addresses, cache.storages[0].spec.device)
         return self._look_at(cache)
 
-    def _not_compiled(self) -> list[nn.Module]:
-        """The modules of the model that are not within compiled layers, each by itself."""
-        layers = [] if self._compiled is None else self._compiled.layers
+    def _look_at_parts(self) -> None:
+        """Find the linears and norms anew, and join neighbours if layers are compiled."""
+        compiled = self._compiled
+        if not (self._linears and self._linears.intact):
+            self._linears = DecodeLinears(self._model.modules(), join=compiled is not None)
+        # Within compiled layers norms are the compiler's.
+        layers = [] if compiled is None else compiled.layers
         inside = {part for layer in layers for part in layer.modules()}
-        return [part for part in self._model.modules() if part not in inside]
+        self._norms = DecodeNorms(part for part in self._model.modules() if part not in inside)
 
 
 def _compiled_layers(model: nn.Module) -> CompiledLayers:

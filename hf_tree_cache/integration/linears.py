@@ -8,13 +8,13 @@ not fill the GPU by itself.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from ..linear.launch import MOST_ROWS, few_rows_linear, find_obstacle
+from ..linear.launch import MOST_ROWS, beginning, few_rows_linear, find_obstacle
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of neighbours that models apply to one input."""
@@ -29,7 +29,7 @@ class DecodeLinears:
             views of it, with the values they have.
     """
 
-    def __init__(self, parts: Sequence[nn.Module], *, join: bool) -> None:
+    def __init__(self, parts: Iterable[nn.Module], *, join: bool) -> None:
         parts = list(dict.fromkeys(parts))
         groups = [
             found for part in parts for names in TOGETHER if (found := _neighbours(part, names))
@@ -45,6 +45,7 @@ class DecodeLinears:
             for children in groups
             if (group := _Group(children, join=join and len(children) > 1)).is_of_use
         ]
+        self._is_ordered = False
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -55,14 +56,25 @@ class DecodeLinears:
         return all(group.intact for group in self._groups)
 
     @contextmanager
-    def switched(self) -> Iterator[None]:
-        """Within, few rows take the kernel, and neighbours are computed together."""
+    def switched(self, *, learn: bool = False) -> Iterator[None]:
+        """Within, few rows take the kernel, and neighbours are computed together.
+
+        Args:
+            learn: note which weight is read after which, to ask for it in time from then on.
+        """
+        order: list[_Group] | None = [] if learn and not self._is_ordered else None
         for group in self._groups:
+            group.order = order
             group.switch(_DecodeLinear)
         try:
             yield
+            if order:
+                for group, after in itertools.pairwise(order):
+                    group.following = beginning(after.weights[0])
+                self._is_ordered = True
         finally:
             for group in self._groups:
+                group.order = None
                 group.switch(nn.Linear)
                 group.forget()
 
@@ -82,13 +94,13 @@ class _DecodeLinear(nn.Linear):
         is_small = group.takes_few and input.numel() <= MOST_ROWS * self.in_features
         if group.count == 1 or not (is_small or group.joined is not None):
             if is_small:
-                return few_rows_linear(input, group.weights, group.biases)
+                return group.compute_few(input)
             return nn.functional.linear(input, self.weight, self.bias)
         if group.x is not input:
             group.left = group.count
             group.x = input
             if is_small:
-                group.y = few_rows_linear(input, group.weights, group.biases)
+                group.y = group.compute_few(input)
             else:
                 assert group.joined is not None
                 group.y = nn.functional.linear(input, group.joined, group.joined_bias)
@@ -108,7 +120,12 @@ class _Group:
         takes_few: the kernel serves them.
         joined: the weight that they share, if they do.
         left: how many have not taken their part of ``y`` yet.
+        following: the beginning of the weight that is read next, if that is known.
+        order: where to note that this group was computed.
     """
+
+    following: torch.Tensor | None = None
+    order: list[_Group] | None = None
 
     def __init__(self, children: Sequence[nn.Linear], *, join: bool) -> None:
         self.children = list(children)
@@ -135,6 +152,11 @@ class _Group:
         now = [child.weight for child in self.children]
         now += [child.bias for child in self.children if child.bias is not None]
         return [x.data_ptr() for x in now] == [x.data_ptr() for x in self.weights + self.biases]
+
+    def compute_few(self, x: torch.Tensor) -> torch.Tensor:
+        if self.order is not None:
+            self.order.append(self)
+        return few_rows_linear(x, self.weights, self.biases, self.following)
 
     def forget(self) -> None:
         self.x: torch.Tensor | None = None
