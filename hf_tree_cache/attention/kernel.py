@@ -53,7 +53,10 @@ def _accumulate(
         b_p = tl.math.exp2(b_s * qk_scale - b_max[:, None])
         if MASKED:
             b_p = tl.where(m_seen, b_p, 0.0)
-        b_sum += b_p if b_sum.type.is_block() and len(b_sum.shape) == 2 else tl.sum(b_p, 1)
+        # As they are rounded for the product, so that weights add up to 1: the largest is not
+        # exact, as it is relative to a maximum.
+        b_p = b_p.to(b_v.dtype)
+        b_sum += b_p.to(tl.float32) if len(b_sum.shape) == 2 else tl.sum(b_p.to(tl.float32), 1)
     else:
         if MASKED:
             b_s = tl.where(m_seen, b_s, float("-inf"))

@@ -117,5 +117,10 @@ def _shared_bytes(device: torch.device) -> int:
 
 
 @few_rows_linear.register_fake
-def _(x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor]) -> torch.Tensor:
+def _(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor],
+    following: torch.Tensor | None = None,
+) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], sum(len(weight) for weight in weights))
