@@ -1,7 +1,7 @@
 """Draws a token of each row, one program a row, after top-k, top-p and min-p. Needs Triton.
 
-A row is read once in full: its largest logit, its log-sum-exp, and the largest of every group of 128
-logits. Only groups whose largest can still matter are read again. With a top-k of 2, four groups::
+A row is read once in full: its largest logit, its log-sum-exp, and the largest of every group of
+128 logits. Only groups whose largest can still matter are read again. A top-k of 2, four groups::
 
     largest of groups   9.0  2.5  4.0  3.5      two groups reach 4.0, so two tokens do: groups 0, 2
     values in them      9.0, 8.5, 1.0 ...; 4.0, 0.5 ...         the second largest is 8.5
