@@ -38,6 +38,7 @@ def _accumulate(
     b_acc,  # [M, DV] float32
     b_max,  # [M] running maximum of the scores, or the fixed pivot, times log2(e)
     b_sum,  # [M] running sum; [M, KV] of all tiles where warps share a row
+    b_norm,  # the same of weights as the product rounds them, if FIXED
     m_seen,  # [M, KV]
     qk_scale,
     cap_scale,
@@ -53,10 +54,11 @@ def _accumulate(
         b_p = tl.math.exp2(b_s * qk_scale - b_max[:, None])
         if MASKED:
             b_p = tl.where(m_seen, b_p, 0.0)
-        # As they are rounded for the product, so that weights add up to 1: the largest is not
-        # exact, as it is relative to a maximum.
-        b_p = b_p.to(b_v.dtype)
-        b_sum += b_p.to(tl.float32) if len(b_sum.shape) == 2 else tl.sum(b_p.to(tl.float32), 1)
+        # Weights must add up to 1 as the product rounds them: the largest is not exact, as it
+        # would be relative to a maximum.
+        b_rounded = b_p.to(b_v.dtype).to(tl.float32)
+        b_sum += b_p if len(b_sum.shape) == 2 else tl.sum(b_p, 1)
+        b_norm += b_rounded if len(b_norm.shape) == 2 else tl.sum(b_rounded, 1)
     else:
         if MASKED:
             b_s = tl.where(m_seen, b_s, float("-inf"))
@@ -70,7 +72,7 @@ def _accumulate(
         b_acc = b_acc * b_decay[:, None]
         b_max = b_new
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
-    return b_acc, b_max, b_sum
+    return b_acc, b_max, b_sum, b_norm
 
 
 @triton.jit
@@ -118,6 +120,7 @@ def _attend(
     o_v = (o_t % S)[:, None] * (HKV * DV) + i_head * DV + o_dv[None, :]  # [KV, DVP]
     b_acc = tl.zeros([M, DVP], tl.float32)
     b_sum = tl.zeros([M, KV] if SHARED_ROWS else [M], tl.float32)
+    b_norm = b_sum
     if PEEL:
         # Tokens that all queries see: no masks.
         num_plain = num_full // KV
@@ -138,8 +141,8 @@ def _attend(
                 b_v = tl.load(p_v + (o_bv[:, None] + o_v))
             else:
                 b_v = tl.load(p_v + (o_bv[:, None] + o_v), mask=(o_dv < DV)[None, :], other=0.0)
-            b_acc, b_max, b_sum = _accumulate(
-                b_q, b_k, b_v, b_acc, b_max, b_sum, None, qk_scale, cap_scale,
+            b_acc, b_max, b_sum, b_norm = _accumulate(
+                b_q, b_k, b_v, b_acc, b_max, b_sum, b_norm, None, qk_scale, cap_scale,
                 False, False, FIXED, SOFTCAP, PRECISION,
             )  # fmt: skip
             b_id = b_next
@@ -168,14 +171,16 @@ def _attend(
         m_seen = o_token[None, :] < b_limit[:, None]
         if WINDOW != 0:
             m_seen = m_seen & (o_token[None, :] >= b_lower[:, None])
-        b_acc, b_max, b_sum = _accumulate(
-            b_q, b_k, b_v, b_acc, b_max, b_sum, m_seen, qk_scale, cap_scale,
+        b_acc, b_max, b_sum, b_norm = _accumulate(
+            b_q, b_k, b_v, b_acc, b_max, b_sum, b_norm, m_seen, qk_scale, cap_scale,
             True, WINDOW != 0, FIXED, SOFTCAP, PRECISION,
         )  # fmt: skip
         b_id = b_next
         b_id_v = b_next_v
     if SHARED_ROWS:
-        b_sum = tl.sum(b_sum, 1)
+        b_sum, b_norm = tl.sum(b_sum, 1), tl.sum(b_norm, 1)
+    if FIXED:
+        b_acc = b_acc * tl.where(b_norm == 0, 0.0, b_sum / b_norm)[:, None]
     return b_acc, b_max, b_sum
 
 

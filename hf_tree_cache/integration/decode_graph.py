@@ -232,7 +232,7 @@ class DecodeGraphs:
             with ExitStack() as stack:
                 stack.enter_context(cache.decode_through(static))
                 stack.enter_context(_without_padding_check(self._model))
-                stack.enter_context(self._linears.switched(learn=compiled is None))
+                stack.enter_context(self._linears.switched())
                 stack.enter_context(self._norms.switched())
                 if compiled is not None:
                     stack.enter_context(compiled.swapped(static, cache.layers))

@@ -20,8 +20,6 @@ def few_rows_kernel(
     p_b_1,
     p_b_2,
     p_y,  # [rows, N_0 + N_1 + N_2]
-    p_next,  # what will be read next, as lines of 128 bytes
-    num_lines,
     num_rows,
     n_0,
     n_1,
@@ -32,7 +30,6 @@ def few_rows_kernel(
     TILE_K: tl.constexpr,
     STAGES: tl.constexpr,
     BIAS: tl.constexpr,
-    LINES: tl.constexpr,  # of what is read next, that each program asks for
     PRECISION: tl.constexpr,
 ):
     i_tile = tl.program_id(0)
@@ -63,15 +60,6 @@ def few_rows_kernel(
         b_y = tl.dot(b_x, tl.trans(b_w), b_y, input_precision=PRECISION)
         p_ws += TILE_K
         p_xs += TILE_K
-    if LINES > 0:
-        # Memory is busy from here until the next weight is read, whatever lies between: lines on
-        # their way to L2 outlive the program.
-        o_line = tl.minimum(i_tile * LINES + tl.arange(0, LINES), num_lines - 1)
-        p_line = p_next.to(tl.pointer_type(tl.int8)) + o_line.to(tl.int64) * 128
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [p_line.to(tl.int64)],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
     m_n = o_n < n
     if BIAS:
         b_y += tl.load(p_b + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
