@@ -40,11 +40,15 @@ class Expansion:
         """Whether products with the latents are fewer than expanding each run and tail once."""
         if self.weight is None:
             return False
-        rank, rotary, both = spec.k_head_dim, spec.v_head_dim, self.k_dim + self.v_dim
-        pairs = plan.num_new * sum(plan.lengths)
-        absorbed = pairs * 2 * (rank + rotary) + plan.num_rows * plan.num_new * rank * both
-        expanded = pairs * (both + rotary) + plan.tokens_read() * rank * both
-        return absorbed < expanded
+        key = "absorbs", spec, self.k_dim, self.v_dim
+        if key not in plan.scratch:
+            rank, rotary, both = spec.k_head_dim, spec.v_head_dim, self.k_dim + self.v_dim
+            pairs = plan.num_new * sum(plan.lengths)
+            absorbed = pairs * 2 * (rank + rotary) + plan.num_rows * plan.num_new * rank * both
+            expanded = pairs * (both + rotary) + plan.tokens_read() * rank * both
+            plan.scratch[key] = absorbed < expanded
+        absorbs: bool = plan.scratch[key]
+        return absorbs
 
 
 def tree_attention_latents(
@@ -114,17 +118,22 @@ class _View:
 
 
 class _Joined(_View):
-    """K is ``[.., 1, R + P]``, and so is V, whose last P nobody wants: equal dims are fast."""
+    """K is ``[.., 1, R + P]`` and V its first R.
+
+    On a CPU, where equal dims are fast, V is all of K, and nobody wants its last P.
+    """
 
     def __init__(self, storage: KVReader) -> None:
-        width = storage.spec.k_head_dim + storage.spec.v_head_dim
-        super().__init__(storage, replace(storage.spec, k_head_dim=width, v_head_dim=width))
+        rank = storage.spec.k_head_dim
+        width = rank + storage.spec.v_head_dim
+        self._v_dim = width if storage.spec.device.type == "cpu" else rank
+        super().__init__(storage, replace(storage.spec, k_head_dim=width, v_head_dim=self._v_dim))
 
     def _make(
         self, latents: torch.Tensor, rotary: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         both = torch.cat([latents, rotary], -1)
-        return both, both
+        return both, both[..., : self._v_dim]
 
 
 class _Expanded(_View):
