@@ -130,6 +130,7 @@ def test_all_ways_over_latents_are_the_same_attention(monkeypatch: pytest.Monkey
     assert case.unique_bytes() == (700 + 3 * 70) * 2 * (512 + 64)
     ways = {
         "absorbed": case.ours(True),
+        "absorbed, torch": case.ours(True, "torch"),
         "expanded once": case.ours(False),
         "dense": case.dense(),
         "DynamicCache": case.dynamic(),

@@ -298,8 +298,8 @@ class _Hooks:
             )
         if model.config.model_type in CUTS_ITS_INPUT:
             raise UnsupportedModel(
-                f"{type(model).__name__} is given all tokens every time, so which are new TreeCache "
-                "cannot know: use the cache that transformers makes for it."
+                f"{type(model).__name__} is given all tokens every time, so which are new "
+                "TreeCache cannot know: use the cache that transformers makes for it."
             )
         cache.advise = False
         cache.configure(model.config)
