@@ -36,6 +36,8 @@ FLOORS = {
     "generation.sampling": 3,
     "attention.plan": 3,
     "attention.tiles": 3,
+    "attention.latent_kernel": 3,
+    "attention.latent_launch": 4,
     "attention.reference": 4,
     "attention.torch_backend": 4,
     "attention.buffers": 4,
@@ -111,6 +113,7 @@ NO_TORCH = {
 # Imports inside functions hide dependencies; Triton is optional, so its callers may wait.
 LAZY_ALLOWED = {
     ("attention.dispatch", "attention.launch"),
+    ("attention.latents", "attention.latent_launch"),
     ("integration.enable", "integration.decode_graph"),
     ("generation.sampling", "generation.draw_kernel"),
     ("generation.uncertainty", "generation.uncertainty_kernel"),

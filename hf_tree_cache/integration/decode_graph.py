@@ -387,6 +387,9 @@ def _find_model_obstacle(model: nn.Module) -> str | None:
     """Why ``model`` cannot be captured as it is now; None if it can."""
     if len({parameter.device for parameter in model.parameters()}) != 1:
         return "the model is on several devices"
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        # Processes would have to capture together, and tree and addresses are their own.
+        return "the model is split over several processes"
     hooked = find_hook(model)
     return hooked and f"{hooked} has a forward hook, which a replay would not call"
 
