@@ -22,7 +22,7 @@ def grown(*lengths: int, block_size: int = 4, max_blocks: int | None = None) -> 
 
 
 def spans(tree: BranchTree, branch: Branch) -> list[tuple[int, int, list[int]]]:
-    return [(node.start, node.end, node.blocks) for node in tree.path(branch)]
+    return [(node.start, node.end, list(node.blocks)) for node in tree.path(branch)]
 
 
 def blocks_in_use(shadow: ShadowTree) -> int:

@@ -88,6 +88,10 @@ class WorkList:
     def num_items(self) -> int:
         return len(self.items)
 
+    def room_after(self, ends: Longs) -> int:
+        """Tokens that every row may grow by from ``ends``, int64 ``[B]``, on."""
+        return int((self.tail_room - ends).min(initial=0 if not len(ends) else GROWTH_TOKENS))
+
 
 def schedule(
     plan: TreeAttentionPlan,
