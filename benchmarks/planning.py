@@ -244,7 +244,7 @@ def measure(report: Report, path: type[Graph] | type[Eager], rows: int, repeats:
         for what, (do, put_back) in surgery(cache, rng).items():
             steps[what] = []
             gc.collect()
-            for i in range(repeats):
+            for _ in range(repeats):
                 steps[what].append(timed(host, do))
                 host.check()
                 put_back()

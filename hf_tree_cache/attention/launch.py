@@ -329,7 +329,7 @@ class Workspace:
         ints.host("grows")[:num_items] = work.grows
         ints.host("part_ptr")[: num_queries + 1] = work.part_ptr
         ints.host("part_slots")[: work.num_slots] = work.part_slots
-        numbers = self._put_numbers(storage, np.arange(len(work.blocks)), work.blocks)
+        numbers = self._put_numbers(storage, slice(len(work.blocks)), work.blocks)
         records = self._records(plan.block_size)
         records[:, : FIELDS + 2 * width] = work.items
         records[:, FIELDS + 2 * width :] = numbers[work.items[:, 1:2] + np.arange(first)]
@@ -341,15 +341,15 @@ class Workspace:
         return self.key.spec.k_head_dim != self.key.spec.v_head_dim
 
     def _put_numbers(
-        self, storage: KVStorage, places: npt.NDArray[np.int64], blocks: npt.NDArray[Any]
+        self, storage: KVStorage, places: npt.NDArray[np.int64] | slice, blocks: npt.NDArray[Any]
     ) -> npt.NDArray[np.int32]:
         """Write the numbers of ``blocks`` to ``places`` of the list on the host; those of K."""
         k_numbers, v_numbers = storage.block_numbers()
         numbers = self._ints.host("list")
-        taken: npt.NDArray[np.int32] = k_numbers.numpy()[blocks]
+        taken: npt.NDArray[np.int32] = k_numbers.numpy().take(blocks)
         numbers[places] = taken
         if self._split:
-            numbers[places + len(numbers) // 2] = v_numbers.numpy()[blocks]
+            numbers[len(numbers) // 2 :][places] = v_numbers.numpy().take(blocks)
         return taken
 
     def _make_parts(self, num_slots: int, arrived: int, sync: int) -> None:

@@ -165,18 +165,20 @@ class _Items:
         widths = segments.num_members[segment]
         item = np.repeat(np.arange(len(segment)), widths)
         member = ramps(widths) + np.repeat(segments.first_member[segment], widths)
-        sees = segments.member_limit[member] > offset[item]
-        sees &= segments.member_own[member] > offset[item]
-        sees &= segments.member_lower[member] < end[item]
-        item, member = item[sees], member[sees]
-        num_members = np.bincount(item, minlength=len(segment))
-        limit = segments.member_limit[member] - offset[item]
-        now = np.minimum(limit, segments.member_own[member] - offset[item])
+        limit, own = segments.member_limit[member], segments.member_own[member]
+        before = offset[item]
+        sees = np.minimum(limit, own) > before
+        if segments.member_lower is not None:
+            sees &= segments.member_lower[member] < end[item]
+        num_members = widths
+        if not sees.all():
+            item, member, limit, own, before = (x[sees] for x in (item, member, limit, own, before))
+            num_members = np.bincount(item, minlength=len(segment))
         stretch = end - offset
         # The last item of a tail grows with its row; the others end where the next begins.
         grows = last & (segments.row[segment] >= 0)
-        full = np.minimum(now, stretch[item])
-        to_the_end = grows[item] & (segments.member_limit[member] == UNLIMITED)
+        full = np.minimum(np.minimum(limit, own) - before, stretch[item])
+        to_the_end = grows[item] & (limit == UNLIMITED)
         limit = np.where(to_the_end, UNLIMITED, full)
 
         large = num_members * group_size > (0 if tiles.deterministic else tiles.m_small)
@@ -265,23 +267,27 @@ def _work_list(
     """Order the items, give slots to parts, add blanks and merges, write the records."""
     size, num_queries = plan.block_size, plan.num_rows * plan.num_new
     # The longest first, those of the large class before all others.
-    order = np.lexsort((-items.cost, ~items.large))
+    order = np.argsort(-items.cost - items.large * items.cost.sum(), kind="stable")
     counts = items.num_members[order]
-    member = ramps(counts) + np.repeat(items.first_member[order], counts)
-    query, place = items.query[member], ramps(counts)
+    place = ramps(counts)
+    member = place + np.repeat(items.first_member[order], counts)
+    query = items.query[member]
     item = np.repeat(np.arange(len(order)), counts)
     segment, offset = items.segment[order], items.offset[order]
 
     # Queries that several items see have parts; so has whoever shares an item with one.
     num_seen = np.bincount(query, minlength=num_queries)
-    parted = np.full(len(order), tiles.deterministic)
-    np.logical_or.at(parted, item, num_seen[query] > 1)
-    slots_used = np.where(parted, counts, 0)
+    if tiles.deterministic:
+        parted = np.ones(len(order), np.bool_)
+    else:
+        parted = np.bincount(item[num_seen[query] > 1], minlength=len(order)) > 0
+    slots_used = counts * parted
     first_slot = np.cumsum(slots_used) - slots_used
     is_part = parted[item]
-    part_query = query[is_part]
-    by_position = np.lexsort(((segments.begin[segment] + offset)[item][is_part], part_query))
-    part_slots = (first_slot[item] + place)[is_part][by_position]
+    part_query, part_item = query[is_part], item[is_part]
+    begins = segments.begin[segment] + offset
+    by_position = np.argsort(part_query << 32 | begins[part_item], kind="stable")
+    part_slots = (first_slot[part_item] + place[is_part])[by_position]
     num_parts = np.bincount(part_query, minlength=num_queries)
 
     width = tiles.m_large // group_size
@@ -300,7 +306,7 @@ def _work_list(
     work = records[: len(order)]
     work[:, 0] = LARGE if tiles.deterministic else items.large[order]
     work[:, 1] = segments.first_block[segment] + offset // size
-    work[:, 2] = segments.begin[segment] + offset
+    work[:, 2] = begins
     work[:, 3] = counts
     work[:, 4] = np.where(parted, first_slot, -1)
     if len(order) and not tiles.deterministic:
@@ -322,7 +328,7 @@ def _work_list(
     tokens[: len(order)] = items.tokens[order]
     tail_item, tail_base = np.full((2, plan.num_rows), -1, np.int64)
     tail_room = np.zeros(plan.num_rows, np.int64)
-    if max(plan.counts, default=0) == 1:
+    if plan.grown is not None or max(plan.counts, default=0) == 1:
         grows[: len(order)] = items.grows[order]
         tails = np.flatnonzero(segments.row >= 0)
         row, begin = segments.row[tails], segments.begin[tails]
