@@ -82,10 +82,12 @@ def fixed_chunk(block_size: int) -> int:
     return -(-FIXED_CHUNK // block_size) * block_size
 
 
-def ramps(widths: Longs) -> Longs:
-    """0 .. w - 1 for each of ``widths``, one after the other."""
-    ends = np.cumsum(widths)
-    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - widths, widths)
+def spread(widths: Longs) -> tuple[Longs, Longs]:
+    """i, ``widths[i]`` times, for each i; and 0 .. ``widths[i]`` - 1 beside it."""
+    index = np.repeat(np.arange(len(widths)), widths)
+    ramp = np.arange(len(index))
+    ramp -= (np.cumsum(widths) - widths).take(index)
+    return index, ramp
 
 
 class _Segment:
@@ -389,12 +391,14 @@ def _to_arrays(
     ranges = [member for segment in shared for member in segment.members]
     low, high, most = np.array(ranges, np.int64).reshape(-1, 3).T
     widths = high - low
-    member = np.concatenate([ramps(widths) + np.repeat(low, widths), first_query[lone]])
-    limit = np.concatenate([np.repeat(most, widths), np.full(len(lone), UNLIMITED)])
-    num_members = np.array([segment.num_queries for segment in shared] + [1] * len(tips), np.int64)
+    of, member = spread(widths)
+    member = np.concatenate([member + low.take(of), first_query.take(lone)])
+    limit = np.concatenate([most.take(of), np.full(len(lone), UNLIMITED)])
+    num_members = np.ones(len(row), np.int64)
+    num_members[: len(shared)] = [segment.num_queries for segment in shared]
     first_member = np.cumsum(num_members) - num_members
     member_begin = np.repeat(begin, num_members)
-    own = position[member] + 1 - member_begin
+    own = position.take(member) + 1 - member_begin
     lower, skipped = None, np.zeros_like(tokens)
     if window is not None and len(member):
         lower = window.first_visible(position[member]) - member_begin
@@ -410,7 +414,7 @@ def _to_arrays(
         row=row,
         first_member=first_member,
         num_members=num_members,
-        member_query=query[member],
+        member_query=query.take(member),
         member_limit=limit,
         member_own=own,
         member_lower=lower,
