@@ -3,10 +3,12 @@
 What a step costs before the device can start, for 64, 256 and 4,096 branches of one prompt: a plain
 step, block crossings, a fork, a prune, eight of both, a row that is put aside. Twice: through the
 buffers of a captured graph ("graph") and as a forward without one does it ("eager"). Copies of
-blocks are left out. Work is cut for an H200, sent nowhere. Each line has the target first, then the
-least time, the median and the 80th percentile, in microseconds. Last line: one JSON object.
+blocks and launches of kernels are left out; work is cut for an H200, and sent to ``--device``. CPU
+time of the thread, so that a busy machine adds less. Each line has the target first, then the least
+time, the median and the 80th percentile, in microseconds, and the copies to the device. Last line:
+one JSON object.
 
-    python benchmarks/planning.py [--repeats 60] [--rows 64 256 4096] [--out FILE]
+    python benchmarks/planning.py [--repeats 60] [--rows 64 256 4096] [--device cpu] [--out FILE]
 """
 
 from __future__ import annotations
@@ -36,11 +38,9 @@ from hf_tree_cache.env import environment
 from hf_tree_cache.integration import static
 from hf_tree_cache.integration.static import StaticDecode
 from hf_tree_cache.memory.pool import StoragePool
-from hf_tree_cache.memory.storage import KVSpec
 
 PROMPT, OWN = 2_000, 200
 KV_HEADS, GROUP = 8, 4
-SPEC = KVSpec(KV_HEADS, 8, 8, torch.bfloat16, torch.device("cpu"))
 MULTIPROCESSORS = 132
 TARGETS = {"plain step": {256: 150}, "fork": {256: 500, 4_096: 5_000}}
 TARGETS["prune"] = TARGETS["fork"]
@@ -68,9 +68,11 @@ class Graph:
 
     def __init__(self, cache: TreeCache, rows: int) -> None:
         self.cache, self.static, self.bucket = cache, StaticDecode(), 2 * rows
-        self.query = torch.zeros(self.bucket, KV_HEADS * GROUP, 1, SPEC.k_head_dim)
+        device = cache.storages[0].spec.device
+        self.query = torch.zeros(self.bucket, KV_HEADS * GROUP, 1, 8, device=device)
         self.begin()
-        kv = self.static.write(cache.storages[0], 0, *torch.zeros(2, self.bucket, KV_HEADS, 1, 8))
+        new = torch.zeros(2, self.bucket, KV_HEADS, 1, 8, device=device)
+        kv = self.static.write(cache.storages[0], 0, *new)
         self.static.attend(kv, self.query, scale=1.0, window=None, softcap=None, sinks=None)
         self.end()
 
@@ -97,7 +99,7 @@ class Eager:
 
     def __init__(self, cache: TreeCache, rows: int) -> None:
         self.cache = cache
-        self.workspace = Workspace(WorkspaceKey(SPEC, GROUP))
+        self.workspace = Workspace(WorkspaceKey(cache.storages[0].spec, GROUP))
 
     def begin(self) -> None:
         step = self.cache.begin(len(self.cache.tree.rows), 1, padding_known=True)
@@ -119,11 +121,11 @@ def check(workspace: Workspace, plan: Any, storage: Any) -> None:
     assert ends == list(plan.lengths) == plan.tree.row_lengths(), "the buffers are behind"
 
 
-def make_cache(rows: int, *, staggered: bool) -> TreeCache:
+def make_cache(rows: int, device: torch.device, *, staggered: bool) -> TreeCache:
     """Branches of one prompt with tokens of their own, as many each or of any number."""
     rng = random.Random(0)
     cache = TreeCache()
-    cache.update(*torch.zeros(2, 1, KV_HEADS, PROMPT, 8, dtype=torch.bfloat16), 0)
+    cache.update(*torch.zeros(2, 1, KV_HEADS, PROMPT, 8, dtype=torch.bfloat16, device=device), 0)
     cache.finish()
     cache.select([0] * rows)
     counts = [rng.randint(OWN - 32, OWN) for _ in range(rows)] if staggered else None
@@ -207,7 +209,13 @@ class Sent:
         self.patched = patch.object(buffers.IntBuffer, "_send", send)
 
 
-def measure(report: Report, path: type[Graph] | type[Eager], rows: int, repeats: int) -> None:
+def measure(
+    report: Report,
+    path: type[Graph] | type[Eager],
+    rows: int,
+    repeats: int,
+    device: torch.device,
+) -> None:
     name = path.__name__.lower()
     sent = Sent()
 
@@ -226,7 +234,7 @@ def measure(report: Report, path: type[Graph] | type[Eager], rows: int, repeats:
         host.end()
 
     with sent.patched:
-        cache = make_cache(rows, staggered=False)
+        cache = make_cache(rows, device, staggered=False)
         host = path(cache, rows)
         steps: dict[str, list[tuple[float, int]]] = {"plain step": [], "all rows cross": []}
         gc.collect()
@@ -235,7 +243,7 @@ def measure(report: Report, path: type[Graph] | type[Eager], rows: int, repeats:
             steps["all rows cross" if crosses else "plain step"].append(timed(host))
             if i % 50 == 0:
                 host.check()
-        cache = make_cache(rows, staggered=True)
+        cache = make_cache(rows, device, staggered=True)
         host = path(cache, rows)
         plain(host)
         steps["a sixteenth of rows crosses"] = [timed(host) for _ in range(2 * repeats)]
@@ -260,6 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--rows", type=int, nargs="+", default=[64, 256, 4_096])
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     default = Path(__file__).resolve().parent / "results" / "planning.json"
     parser.add_argument("--out", type=Path, default=default)
     options = parser.parse_args()
@@ -269,7 +278,7 @@ def main() -> None:
     with as_on_an_h200():
         for path in (Graph, Eager):
             for rows in options.rows:
-                measure(report, path, rows, options.repeats)
+                measure(report, path, rows, options.repeats, options.device)
     done = {
         "benchmark": "planning",
         "environment": environment(),
@@ -277,6 +286,7 @@ def main() -> None:
         "prompt": PROMPT,
         "own_tokens": OWN,
         "repeats": options.repeats,
+        "device": str(options.device),
         "results": report.results,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)

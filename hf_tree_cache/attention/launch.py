@@ -143,8 +143,8 @@ class Workspace:
 
         Can be captured. The host's plan stays behind until the next :meth:`prepare`.
         """
-        now, _, steps = self._growing
-        now.add_(steps)
+        now, _, each = self._growing
+        now.add_(each)
         self.reset()
 
     def reset(self) -> None:
@@ -271,8 +271,8 @@ class Workspace:
             if early.any():
                 records[items[early], work.items.shape[1] + offsets[early]] = numbers[early]
                 ints.send("items", "items")
-        now, then, steps = self._growing
-        torch.add(then, steps, alpha=grown.tokens - self._begun, out=now)
+        now, then, each = self._growing
+        torch.add(then, each, alpha=grown.tokens - self._begun, out=now)
 
     def _rebuild(self, plan: TreeAttentionPlan, storage: KVStorage) -> None:
         plan.check_fresh()
@@ -314,8 +314,11 @@ class Workspace:
         self.generation += moved
         ints = self._ints
         # Lengths, and tokens of items that grow: now, at this rebuild, and what a step adds.
-        names = (("lengths", "tokens"), ("lengths_then", "tokens_then"), ("steps", "grows"))
-        self._growing = tuple(ints.span(first, last) for first, last in names)
+        self._growing = (
+            ints.span("lengths", "tokens"),
+            ints.span("lengths_then", "tokens_then"),
+            ints.span("steps", "grows"),
+        )
         ints.host("sizes")[:2] = num_items, work.num_work
         ends = plan.ends
         self._begun = 0 if plan.grown is None else plan.grown.tokens

@@ -267,7 +267,7 @@ def _find_runs(tree: BranchTree, counts: Sequence[int]) -> tuple[tuple[Run, ...]
 def _blocks_from(tree: BranchTree, node: Node, position: int) -> list[int]:
     """Blocks on the path of ``node`` that hold the tokens from ``position`` (block-aligned) on."""
     size = tree.block_size
-    pieces: list[list[int]] = []
+    pieces: list[Sequence[int]] = []
     limit = -(-node.end // size)
     while node.parent is not None and limit * size > position:
         first = node.start // size

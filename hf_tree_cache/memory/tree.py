@@ -465,7 +465,7 @@ class BranchTree:
         """One token to each row, some of which may have to part."""
         paused = self._paused
         if paused is None:
-            growth, suspects = self._look_at_rows(), range(len(self.rows))
+            growth, suspects = self._look_at_rows(), list(range(len(self.rows)))
         else:
             growth, suspects = paused.growth, np.flatnonzero(paused.suspects).tolist()
         tips, clock = growth.tips, growth.clock
