@@ -252,6 +252,11 @@ class _Outline:
         rank = self._ranks[node][0]
         leaves = range(rank, rank + len(self._leaves.get(node, ())))
         at, inner = self.first_query, self._inner[node]
+        if self.plan.grown is not None and len(groups) == 1:
+            # Most of a deep tree: ranks are queries, and one group has them all.
+            segment, a, b = groups[0]
+            self._part(segment, a, b, [(child, *self._ranks[child]) for child in inner], leaves)
+            return
         begin, end = at[rank], at[leaves.stop]
         ways: list[Way] = []
         if end - begin > len(leaves):
@@ -288,9 +293,14 @@ class _Outline:
             return
         rest: _Segment | None = None
         if not self.deterministic:
+            if not parts:
+                widest: Way = (lone[0], a, a + 1)
+            elif len(parts) == 1:
+                widest = parts[0]
+            else:
+                widest = max(parts, key=_width)
             own = self._cost(b - a)
-            widest = max(parts, key=_width) if parts else (lone[0], a, a + 1)
-            if self._cost(_width(widest)) == own:
+            if b - a <= self.small_queries or self._cost(_width(widest)) == own:
                 self._follow(segment, widest, parts, lone)
                 return
             extra = sum(self._cost(_width(part)) for part in parts) + len(lone) - own
@@ -301,16 +311,18 @@ class _Outline:
 
     def _follow(self, segment: _Segment, widest: Way, parts: list[Way], lone: range) -> None:
         """Go on with most of the queries where that costs no more than to end: no new item."""
-        others = [part for part in parts if part is not widest]
         if not parts:
             lone = lone[1:]
         tokens = len(segment.blocks) * self.size
-        for _, low, high in others:
-            segment.add(low, high, tokens)
+        for part in parts:
+            if part is not widest:
+                target, low, high = part
+                segment.add(low, high, tokens)
+                self._hand(target, None, low, high)
         if lone:
             first = self.first_query[lone[0]]
             segment.add(first, first + len(lone), tokens)
-        self._hand_all(others, lone, None)
+            self.lone += lone
         self._hand(widest[0], segment, widest[1], widest[2])
 
     def _hand_all(self, parts: list[Way], lone: range, segment: _Segment | None) -> None:
@@ -325,7 +337,11 @@ class _Outline:
 
     def _hand(self, target: int | Node, segment: _Segment | None, a: int, b: int) -> None:
         if isinstance(target, Node):
-            self._groups.setdefault(target, []).append((segment, a, b))
+            groups = self._groups.get(target)
+            if groups is None:
+                self._groups[target] = [(segment, a, b)]
+            else:
+                groups.append((segment, a, b))
         elif segment is None and self.plan.counts[self.rows[target]] == 1:
             self.lone.append(target)
         else:
