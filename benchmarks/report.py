@@ -120,6 +120,31 @@ def _memory_sentence(memory: dict[str, Any]) -> str:
     return textwrap.fill(text, 100, break_on_hyphens=False)
 
 
+def _planning_table(planning: dict[str, Any]) -> str:
+    """Least and median host time of every kind of step, by number of rows."""
+    measured = {(r["path"], r["name"], r["rows"]): r for r in planning["results"]}
+    sizes = sorted({rows for _, _, rows in measured})
+    kinds = list(dict.fromkeys((path, name) for path, name, _ in measured))
+    lines = [
+        "| step | " + " | ".join(f"{rows:,} rows" for rows in sizes) + " | copies |",
+        "| --- |" + " --: |" * (len(sizes) + 1),
+    ]
+    for path, name in kinds:
+        found = [measured[path, name, rows] for rows in sizes]
+        cells = [f"{r['us']['least']:,.0f} ({r['us']['median']:,.0f})" for r in found]
+        lines.append(f"| {name}, {path} | {' | '.join(cells)} | {found[-1]['copies']:.1f} |")
+    return "\n".join(
+        [
+            "Processor time of the host for one decode step but the model's own, in µs: the least, in "
+            "brackets the median; and copies to the device (`benchmarks/planning.py`: branches of a "
+            f"prompt of {planning['prompt']:,} tokens with about {planning['own_tokens']} of their own, "
+            f"buffers on {planning['device']}, load average {planning['load_average']}).",
+            "",
+            *lines,
+        ]
+    )
+
+
 def _microseconds(value: float) -> str:
     return f"{value / 1000:.3g} ms" if value >= 1000 else f"{value:.3g} µs"
 
@@ -306,12 +331,14 @@ def _text(x: float, y: float, words: str, kind: str) -> str:
 def pages(root: Path) -> dict[Path, str]:
     """Every file that this script writes, with what belongs into it."""
     results = root / "benchmarks" / "results"
-    names = ("cpu_generate", "memory", "kernel", "generate")
-    cpu, memory, kernel, generation = (load(results, name) for name in names)
+    names = ("cpu_generate", "memory", "kernel", "generate", "planning")
+    cpu, memory, kernel, generation, planning = (load(results, name) for name in names)
     readme, docs = root / "README.md", root / "docs" / "benchmarks.md"
     sections = [kernel_tables.docs_text(kernel), _generation(generation)]
     if memory is not None:
         sections.append(f"## Bookkeeping\n\n{_memory_sentence(memory)}")
+    if planning is not None:
+        sections.append(f"## Planning\n\n{_planning_table(planning)}")
     return {
         readme: _filled(readme, results_text(cpu, None, kernel, generation)),
         docs: _filled(docs, "\n\n".join(sections)),
