@@ -126,6 +126,28 @@ def _memory_sentence(memory: dict[str, Any]) -> str:
     return textwrap.fill(text, 100, break_on_hyphens=False)
 
 
+def _planning_table(planning: dict[str, Any]) -> str:
+    """Least and median host time of every kind of step, by number of rows."""
+    measured = {(r["path"], r["name"], r["rows"]): r for r in planning["results"]}
+    sizes = sorted({rows for _, _, rows in measured})
+    kinds = list(dict.fromkeys((path, name) for path, name, _ in measured))
+    lines = [
+        "| step | " + " | ".join(f"{rows:,} rows" for rows in sizes) + " | copies |",
+        "| --- |" + " --: |" * (len(sizes) + 1),
+    ]
+    for path, name in kinds:
+        found = [measured[path, name, rows] for rows in sizes]
+        cells = [f"{r['us']['least']:,.0f} ({r['us']['median']:,.0f})" for r in found]
+        lines.append(f"| {name}, {path} | {' | '.join(cells)} | {found[-1]['copies']:.1f} |")
+    about = (
+        "Processor time of the host for a decode step, the model's left out, in µs: the least, in "
+        "brackets the median; and copies to the device (`benchmarks/planning.py`: branches of a "
+        f"prompt of {planning['prompt']:,} tokens with {planning['own_tokens']} or a few less of "
+        f"their own, buffers on {planning['device']}, load average {planning['load_average']})."
+    )
+    return "\n".join([about, "", *lines])
+
+
 def _microseconds(value: float) -> str:
     return f"{value / 1000:.3g} ms" if value >= 1000 else f"{value:.3g} µs"
 
@@ -312,14 +334,16 @@ def _text(x: float, y: float, words: str, kind: str) -> str:
 def pages(root: Path) -> dict[Path, str]:
     """Every file that this script writes, with what belongs into it."""
     results = root / "benchmarks" / "results"
-    names = ("cpu_generate", "memory", "kernel", "latents")
-    cpu, memory, kernel, latents = (load(results, name) for name in names)
+    names = ("cpu_generate", "memory", "kernel", "latents", "planning")
+    cpu, memory, kernel, latents, planning = (load(results, name) for name in names)
     cards = load_cards(results)
     readme, docs = root / "README.md", root / "docs" / "benchmarks.md"
     sections = [kernel_tables.docs_text(kernel), _generation(cards)]
     sections += [_sampling(load(results, "sampling")), _latents(latents)]
     if memory is not None:
         sections.append(f"## Bookkeeping\n\n{_memory_sentence(memory)}")
+    if planning is not None:
+        sections.append(f"## Planning\n\n{_planning_table(planning)}")
     return {
         readme: _filled(readme, results_text(cpu, None, kernel, generate_tables.newest(cards))),
         docs: _filled(docs, "\n\n".join(sections)),

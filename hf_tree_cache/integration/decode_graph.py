@@ -194,7 +194,7 @@ class DecodeGraphs:
         """The output of a decode step; None if ``forward`` must be called as ever."""
         cache: Any = kwargs.get("past_key_values")
         step = cache.step if isinstance(cache, TreeCache) else None
-        if step is None or step.num_new != 1 or step.fresh or set(step.counts) != {1}:
+        if step is None or step.num_new != 1 or step.fresh or step.plan.grown is None:
             # Between prompts, weights may be loaded, adapters switched and hooks registered.
             self._place = None
             return None
