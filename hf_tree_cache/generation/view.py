@@ -37,6 +37,7 @@ _MAX_REASON = 60
 _MAX_DEPTH = 16
 _OPEN_ALL = 80
 _OPEN_ROWS = 60
+_PLAIN_NODES = 100
 
 # Surprise (-log-prob) at which a token gets the next tint: p = 0.9, 0.7, 0.5, 0.25, 0.1, 0.01.
 _SURPRISES = (0.105, 0.357, 0.693, 1.386, 2.303, 4.605)
@@ -185,17 +186,25 @@ def render_html(
             f'<div class="more">… {selection.num_hidden:,} of {len(tree.nodes):,} nodes left out '
             f"(max_nodes={max_nodes})</div>"
         )
-    return frame("".join(parts) + footer)
+    plain = render_text(tree, tokenizer, 100, min(max_nodes, _PLAIN_NODES), labels)
+    return frame("".join(parts) + footer, plain)
 
 
-def frame(body: str, style: str = "") -> str:
+def frame(body: str, plain: str, style: str = "") -> str:
     """HTML in the colours and letters of these views, in a `<div>` that needs nothing else.
+
+    Where styles are taken out, as of a notebook that JupyterLab does not trust yet, the text is
+    seen instead.
 
     Args:
         body: What to show; its classes are those of this module's style.
+        plain: The same as text.
         style: More rules, for elements within ".htc".
     """
-    return f'<div class="htc"><style>{_STYLE}{style}</style>{body}</div>'
+    return (
+        f'<div class="htc"><style>{_STYLE}{style}</style>'
+        f'<pre class="plain">{escape(plain)}</pre><div class="view" hidden>{body}</div></div>'
+    )
 
 
 def head(title: str, chips: Iterable[tuple[str, str, str]], legend: bool = False) -> str:
@@ -724,6 +733,7 @@ body[data-jp-theme-light="false"] .htc,body.vscode-dark .htc,
 body.vscode-high-contrast:not(.vscode-high-contrast-light) .htc,
 html[data-theme="dark"] .htc,html[theme="dark"] .htc{DARK}
 .htc *{box-sizing:border-box}
+.htc>.plain{display:none!important}.htc>.view{display:block!important}
 .htc .head{display:flex;flex-wrap:wrap;align-items:center;gap:6px;margin-bottom:10px}
 .htc .title{font-weight:650;font-size:14px;margin-right:6px}
 .htc .chip{padding:1px 9px;border-radius:99px;border:1px solid var(--line);
