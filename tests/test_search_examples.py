@@ -13,12 +13,14 @@ import reasoning
 import search
 import search_report
 import text_level
+import torch
 from intervals import wilson
 from puzzle import data, train
 from puzzle.judge import Judge
 from puzzle.merge import MergeEqual
 from puzzle.task import Puzzle
 from puzzle.vocabulary import encode
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_tree_cache import Candidate
 from hf_tree_cache.search.best_of_n import BestOfN
@@ -118,6 +120,38 @@ def test_the_8b_shape_has_words_that_survive_being_sent_as_text() -> None:
     assert words(words.decode(ids) + words.decode([5])).input_ids == [*ids, 5]
     work = text_level.Work("8b", 20, 2, 2, 2, 4)
     assert len(words(text_level.question_of(work, words)).input_ids) == 20
+
+
+def test_random_weights_in_bfloat16_propose_the_same_both_ways(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    text_level.clear_successors(model)
+    work = text_level.Work("8b", 20, width=2, expand=3, steps=3, step_tokens=4)
+    text, tree = text_level.search_warm(work, model, text_level.words(300))
+    assert text.candidates == tree.candidates and len(text.candidates) == 3 * 6
+    assert text.scores == pytest.approx(tree.scores, abs=0.02)
+    # The best of three continuations are surer than the others, by more than rounding.
+    assert max(text.scores[:6]) - min(text.scores[:6]) > 0.1
+    # Each round sends every beam again, six rows; the last of four tokens needs no forward.
+    assert text.tokens == sum(6 * (20 + 4 * step) + 6 * 3 for step in range(3))
+    assert tree.tokens < text.tokens / 3
+    assert capsys.readouterr().out.count("the last counts") == 2
+    said = json.loads(text_level.as_json(work, text, tree))
+    assert said["candidates"] == {"text": 18, "tree": 18, "same": 18}
+    assert said["tree"]["tokens"] == tree.tokens
 
 
 def test_the_report_names_what_both_ways_did() -> None:
