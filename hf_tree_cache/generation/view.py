@@ -201,9 +201,10 @@ def frame(body: str, plain: str, style: str = "") -> str:
         plain: The same as text.
         style: More rules, for elements within ".htc".
     """
+    # JupyterLab takes out `hidden`, other readers of notebooks the style of an element.
     return (
-        f'<div class="htc"><style>{_STYLE}{style}</style>'
-        f'<pre class="plain">{escape(plain)}</pre><div class="view" hidden>{body}</div></div>'
+        f'<div class="htc"><style>{_STYLE}{style}</style><pre class="plain">{escape(plain)}</pre>'
+        f'<div class="view" hidden style="display:none">{body}</div></div>'
     )
 
 
@@ -367,7 +368,7 @@ def _headline(tree: GenerationTree) -> str:
 
 def _facts(node: GenerationNode, reason_width: int, label: str = "") -> str:
     """What stands behind a node's text in a terminal row."""
-    mean = f"{_mean(node.logprobs):.2f}" if node.logprobs else ""
+    mean = f"{_mean(node.logprobs):z.2f}" if node.logprobs else ""
     words = " · ".join(word for word in (label, node.reason) if word)
     reason = shorten(_visible(words), reason_width)
     return f"{len(node.tokens):6d} {mean:>6}  {reason}".rstrip()
@@ -507,7 +508,7 @@ def _label(node: GenerationNode) -> str:
     words = [f"#{node.id}", "prompt" if node.is_prompt else node.state]
     words.append(_count(len(node.tokens), "token"))
     if node.logprobs:
-        words.append(f"mean log-prob {_mean(node.logprobs):.2f}")
+        words.append(f"mean log-prob {_mean(node.logprobs):z.2f}")
     if node.reason is not None:
         words.append(shorten(_visible(node.reason), _MAX_REASON))
     return escape(" · ".join(words))
@@ -652,7 +653,7 @@ def _row(
         likely = 0.0 if math.isnan(mean) else math.exp(min(0.0, mean))
         facts.append(
             f'<span class="p" style="--p:{likely:.0%}" '
-            f'title="mean log-prob; bar: the probability it stands for">{mean:.2f}</span>'
+            f'title="mean log-prob; bar: the probability it stands for">{mean:z.2f}</span>'
         )
     facts.append(f'<span class="id">#{node.id}</span>')
     badge = "" if node.state == "forked" else _MARKERS[node.state]
@@ -703,7 +704,7 @@ def _spans(
         ids = " ".join(map(str, tokens[start:stop]))
         name = f'"t{tint}{mark}"' if mark else f"t{tint}"
         spans.append(
-            f'<i class={name} title="{text}&#10;{logprob:.2f} ({_percent(logprob)})'
+            f'<i class={name} title="{text}&#10;{logprob:z.2f} ({_percent(logprob)})'
             f' · id {ids}">{text}</i>'
         )
     return "".join(spans)
@@ -778,7 +779,7 @@ font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",mo
 color:var(--muted);font-size:11.5px;font-variant-numeric:tabular-nums;white-space:nowrap}
 .htc .m .alive,.htc .m .finished,.htc .m .pruned,.htc .why{color:var(--c)}
 .htc .forked>.m>.why{color:var(--muted)}
-.htc .why{max-width:16em;overflow:hidden;text-overflow:ellipsis}
+.htc .why{max-width:24em;overflow:hidden;text-overflow:ellipsis}
 .htc .k{min-width:4.2em;text-align:right}
 .htc .p{min-width:3.2em;padding-bottom:2px;text-align:right;
 background:linear-gradient(var(--forked),var(--forked)) right bottom/var(--p) 2px no-repeat}

@@ -64,7 +64,7 @@ class BranchView:
         kind = self.state.split(" ")[0]
         chips = [(kind, self.state, ""), ("", counted(count, "token"), "generated")]
         if count:
-            chips.append(("", f"log-prob {total:.2f}", f"{total / count:.3f} a token"))
+            chips.append(("", f"log-prob {total:z.2f}", f"{total / count:z.3f} a token"))
         if self.score is not None:
             chips.append(("", f"score {self.score:.3g}", ""))
         return chips
