@@ -1,7 +1,7 @@
 """Step beam search twice: text re-sent to stock generate at every step, and over a tree of K/V.
 
     python examples/text_level.py [--prompt-tokens 500] [--width 4] [--expand 4] [--steps 6]
-    python examples/text_level.py --shape 8b       random weights, on a GPU: about a minute in all
+    python examples/text_level.py --shape 8b       random weights, on a GPU
 
 The text-level way is what a search on top of an inference API does: it keeps strings, and after
 every step it sends those that stay, question and all, again. Both ways carry out the same policy,
