@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..linear.launch import MOST_ROWS, few_rows_linear, find_obstacle
+from ..forward.linear import MOST_ROWS, few_rows_linear, find_obstacle
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of neighbours that models apply to one input."""

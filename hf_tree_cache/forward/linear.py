@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from triton import knobs
 
-from .kernel import few_rows_kernel
+from .kernels import few_rows_kernel
 
 MOST_ROWS = 64
 """With more rows a product is no longer bound by reading the weight."""
