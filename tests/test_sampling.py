@@ -99,7 +99,10 @@ def test_a_row_draws_what_multinomial_draws_of_what_transformers_keeps(
     want = torch.multinomial(scores.softmax(-1), 1).squeeze(1)
     torch.manual_seed(3)
     drawn = draw(logits, sampling)
-    assert torch.equal(drawn.tokens, want)
+    # A GPU sorts short rows without regard to the order of equals: top-p may keep another of them.
+    values = logits.gather(1, torch.stack([drawn.tokens, want], 1))
+    tied = (values[:, 0] == values[:, 1]) & (sampling.top_p < 1)
+    assert ((drawn.tokens == want) | tied).all()
     assert not drawn.broken.any()
     logprobs = logits.float().log_softmax(-1).gather(1, want[:, None]).squeeze(1)
     torch.testing.assert_close(drawn.logprobs, logprobs, rtol=0, atol=1e-5)
