@@ -525,7 +525,7 @@ def tree_attention_kernel(
     REVERSED: tl.constexpr,  # start from the last item, to test what then keeps merges safe
     PEEL: tl.constexpr,
     WINDOW: tl.constexpr,  # 0 none, 1 sliding, 2 chunked
-    FIXED: tl.constexpr,  # powers of 2 as they are, not relative to a running maximum
+    FIXED: tl.constexpr,  # large items: powers of 2 as they are, not relative to a running maximum
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     SPLIT_LIST: tl.constexpr,

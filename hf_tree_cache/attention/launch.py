@@ -232,9 +232,7 @@ class Workspace:
             REVERSED=reverse,
             PEEL=window is None and not key.deterministic,
             WINDOW=0 if window is None else WINDOW_KINDS[window.kind],
-            # Powers of 2 as they come do not fit in float16; and when a query has to be done again,
-            # so are those beside it.
-            FIXED=spec.dtype != torch.float16 and not key.deterministic,
+            FIXED=self._is_fixed,
             SOFTCAP=softcap is not None,
             SINKS=sinks is not None,
             SPLIT_LIST=spec.k_head_dim != spec.v_head_dim,
@@ -340,6 +338,18 @@ class Workspace:
         records[:, : FIELDS + 2 * width] = work.items
         records[:, FIELDS + 2 * width :] = numbers[work.items[:, 1:2] + np.arange(first)]
         ints.send("sizes", "items")
+
+    @property
+    def _is_fixed(self) -> bool:
+        """Whether softmax of large items has no running maximum.
+
+        Powers of 2 as they come do not fit in float16, and float32 has no tensor cores to keep
+        busy; in the interpreter it stands for bfloat16. Where a query has to be done again, so are
+        those beside it, which is not deterministic.
+        """
+        dtype, arch = self.key.spec.dtype, _arch(self.key.spec.device)
+        fits = dtype == torch.bfloat16 or (arch == "interpreter" and dtype == torch.float32)
+        return fits and not self.key.deterministic
 
     @property
     def _split(self) -> bool:
