@@ -378,6 +378,7 @@ def observe(cache: TreeCache) -> tuple[object, ...]:
     stats = replace(stats, forks=0, prunes=0, copies=0, allocated_bytes=0, dense_reads={})
     stats = replace(stats, prefill_tokens_asked=0, prefill_tokens_computed=0)
     # A first forward that fails leaves the layers that it met, with nothing in them.
+    stats = replace(stats, kinds=stats.kinds if stats.blocks else ())
     known = [layer for layer in cache.layers if layer.storage is not None and stats.blocks]
     return (
         cache.rows,

@@ -104,6 +104,7 @@ class Workspace:
         self.work: WorkList | None = None
         self.grid: int | None = None
         self._last: _PlanMark | None = None
+        self._index_key: tuple[Any, ...] = ()
         self._lengths: npt.NDArray[np.int64] = np.zeros(0, np.int64)
         tiles = key.tiles or find_tiles(key)
         self._set = TileSet(
@@ -271,6 +272,7 @@ class Workspace:
                 for row, block in zip(row_of.tolist(), block_of.tolist(), strict=True)
             ]
             places = work.tail_base[row_of] + block_of
+            work.blocks[places] = blocks
             numbers = self._put_numbers(storage, places, np.array(blocks))
             half = ints.capacity("list") // 2
             for offset in (0, half) if self._split else (0,):
@@ -282,6 +284,10 @@ class Workspace:
             early = offsets < records.shape[1] - work.items.shape[1]
             records[items[early], work.items.shape[1] + offsets[early]] = numbers[early]
             ints.send("items", "items")
+        if storage.index_key != self._index_key:
+            # Blocks before the window were let go: their places may be written anew.
+            self._put_all_numbers(storage)
+            ints.send("list", "items")
         ints.host("lengths")[: len(lengths)] = lengths
         ints.host("tokens")[: work.num_items] += grown * work.grows
         ints.send("lengths", "tokens")
@@ -330,10 +336,8 @@ class Workspace:
         ints.host("grows")[:num_items] = work.grows
         ints.host("part_ptr")[: num_queries + 1] = work.part_ptr
         ints.host("part_slots")[: work.num_slots] = work.part_slots
-        numbers = self._put_numbers(storage, np.arange(len(work.blocks)), work.blocks)
-        records = self._records(plan.block_size)
-        records[:, : FIELDS + 2 * width] = work.items
-        records[:, FIELDS + 2 * width :] = numbers[work.items[:, 1:2] + np.arange(first)]
+        self._records(plan.block_size)[:, : FIELDS + 2 * width] = work.items
+        self._put_all_numbers(storage)
         ints.send("sizes", "items")
 
     @property
@@ -345,13 +349,22 @@ class Workspace:
         self, storage: KVStorage, places: npt.NDArray[np.int64], blocks: npt.NDArray[Any]
     ) -> npt.NDArray[np.int32]:
         """Write the numbers of ``blocks`` to ``places`` of the list on the host; those of K."""
-        k_numbers, v_numbers = storage.block_numbers()
+        taken, v_numbers = storage.numbers_of(blocks)
         numbers = self._ints.host("list")
-        taken: npt.NDArray[np.int32] = k_numbers.numpy()[blocks]
         numbers[places] = taken
         if self._split:
-            numbers[places + len(numbers) // 2] = v_numbers.numpy()[blocks]
+            numbers[places + len(numbers) // 2] = v_numbers
         return taken
+
+    def _put_all_numbers(self, storage: KVStorage) -> None:
+        """The numbers of all blocks, on the host: in the list, and the first ones in records."""
+        work = self.work
+        assert work is not None
+        width, first = self._record_shape(storage.block_size)
+        numbers = self._put_numbers(storage, np.arange(len(work.blocks)), work.blocks)
+        records = self._records(storage.block_size)
+        records[:, FIELDS + 2 * width :] = numbers[work.items[:, 1:2] + np.arange(first)]
+        self._index_key = storage.index_key
 
     def _make_parts(self, num_slots: int, arrived: int, sync: int) -> None:
         device = self.key.spec.device

@@ -81,6 +81,8 @@ def tree_attention_forward(
         return out, None
     assert not isinstance(value, CompiledKV)
     if isinstance(key, PagedKV) and isinstance(value, PagedKV) and key.source is value.source:
+        if key.source.storage.forgets:
+            key.source.note_read(_reach(attention_mask))
         window, obstacle = _find_obstacle(module, query, key, attention_mask, dropout, kwargs)
         if obstacle is None:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -193,6 +195,14 @@ def _find_obstacle(
     if not step.padding_known and not mask.all_tokens:
         return None, "padding"
     return window, None
+
+
+def _reach(mask: torch.Tensor | TreeMask | None) -> int | None:
+    """Tokens that ``mask`` lets a query look back to at most; None where that is not known."""
+    if not isinstance(mask, TreeMask):
+        return None
+    recognised, window = mask.pattern
+    return window.size if recognised and window is not None else None
 
 
 def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:

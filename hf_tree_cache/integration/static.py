@@ -161,10 +161,10 @@ class _Target:
         ints, size, rows = self._ints, storage.block_size, len(slots)
         moved = ints.ensure(rows=1, k_blocks=bucket, v_blocks=bucket, offsets=bucket)
         blocks, offsets = np.divmod(np.fromiter((slot for (slot,) in slots), np.int64, rows), size)
-        k_numbers, v_numbers = storage.block_numbers()
+        k_numbers, v_numbers = storage.numbers_of(blocks)
         ints.host("rows")[0] = rows
-        ints.host("k_blocks")[:rows] = k_numbers.numpy()[blocks]
-        ints.host("v_blocks")[:rows] = v_numbers.numpy()[blocks]
+        ints.host("k_blocks")[:rows] = k_numbers
+        ints.host("v_blocks")[:rows] = v_numbers
         ints.host("offsets")[:rows] = offsets
         ints.send("rows", "offsets")
         return moved
@@ -208,5 +208,5 @@ class _Reader:
 
 def layouts(storages: Sequence[KVStorage]) -> tuple[Hashable, Hashable]:
     """What a captured graph relies on of the shape of ``storages``, and their addresses."""
-    shapes = tuple((s.spec, s.block_size, s.slab_blocks, s.num_layers) for s in storages)
+    shapes = tuple((s.spec, s.window, s.block_size, s.slab_blocks, s.num_layers) for s in storages)
     return shapes, tuple(s.first_planes(0)[0].data_ptr() for s in storages)

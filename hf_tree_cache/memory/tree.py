@@ -42,10 +42,12 @@ class AppendPlan:
 
     Attributes:
         slots: for each row, the slots of its new tokens (``block * block_size + offset``).
+        blocks: what was allocated.
         copies: (source block, destination block) pairs to copy before anything is written.
     """
 
     slots: list[list[int]]
+    blocks: list[int]
     copies: list[tuple[int, int]] = field(default_factory=list)
 
 
@@ -100,6 +102,10 @@ class BranchTree:
         return list(self._tips)
 
     @property
+    def num_branches(self) -> int:
+        return len(self._tips)
+
+    @property
     def held(self) -> list[Branch]:
         rows = set(self.rows)
         return [branch for branch in self._tips if branch not in rows]
@@ -127,13 +133,28 @@ class BranchTree:
         path.reverse()
         return path
 
-    def block_table(self, branch: Branch) -> list[int]:
-        """Physical blocks of ``branch``, in the order of its tokens."""
+    def block_table(self, branch: Branch, length: int | None = None) -> list[int]:
+        """Physical blocks of ``branch``, in the order of its tokens.
+
+        Args:
+            length: tokens whose blocks are wanted, those that a fork there would have; default all.
+        """
         table: list[int] = []
         for node in self.path(branch):
+            if length is not None and node.start >= length:
+                break
             del table[node.start // self.block_size :]
             table.extend(node.blocks)
-        return table
+        return table if length is None else table[: -(-length // self.block_size)]
+
+    def shortest_below(self) -> list[tuple[Node, int]]:
+        """Every node but the root, with the tokens of the shortest branch that reads it."""
+        nodes = list(self.nodes())
+        shortest: dict[Node, int] = {}
+        for node in reversed(nodes):
+            below = [shortest[child] for child in node.children]
+            shortest[node] = node.end if node.refs else min(below)
+        return [(node, shortest[node]) for node in nodes]
 
     def add_rows(self, count: int) -> list[Branch]:
         """Append ``count`` empty branches to the batch."""
@@ -245,7 +266,8 @@ class BranchTree:
         grown = self._grow_tips() if all(count == 1 for count in counts) else None
         if grown is not None:
             return grown
-        fresh = iter(self._allocate(self._blocks_needed(counts)))
+        allocated = self._allocate(self._blocks_needed(counts))
+        fresh = iter(allocated)
         size, tips, allocator = self.block_size, self._tips, self.allocator
         slots: list[list[int]] = []
         copies: list[tuple[int, int]] = []
@@ -283,7 +305,7 @@ class BranchTree:
             self._tidy(tip)
             self.topology_version += 1
         self.num_copies += len(copies)
-        return AppendPlan(slots, copies)
+        return AppendPlan(slots, allocated, copies)
 
     def _grow_tips(self) -> AppendPlan | None:
         """:meth:`append` of one token to each row where all tips are their own; None elsewhere."""
@@ -291,12 +313,13 @@ class BranchTree:
         if any(tip.refs != 1 or tip.children or tip.parent is None for tip in tips):
             return None
         full = [tip for tip in tips if not tip.end % size]
-        for tip, block in zip(full, self._allocate(len(full)), strict=True):
+        blocks = self._allocate(len(full))
+        for tip, block in zip(full, blocks, strict=True):
             tip.blocks.append(block)
         slots = [[tip.blocks[-1] * size + tip.end % size] for tip in tips]
         for tip in tips:
             tip.end += 1
-        return AppendPlan(slots)
+        return AppendPlan(slots, blocks)
 
     def truncate(self, branch: Branch, length: int) -> None:
         """Forget the tokens of ``branch`` from position ``length`` on.
