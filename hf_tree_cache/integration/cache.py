@@ -396,8 +396,7 @@ class TreeCache(Cache):
         self._end_step()
         self._plan = None
         self._unfork(step.forked_from)
-        self._memory.let_go()
-        self.tree.allocator.trim()
+        self._memory.trim()
 
     def _fit_rows(self, num_rows: int) -> int | None:
         """Make the batch fit; the number of rows before, if it had to change."""

@@ -76,6 +76,14 @@ class BlockPlaces:
                 heapq.heappush(self._free, place)
         return freed
 
+    def trim(self) -> None:
+        """Forget free places at the end, so that the storage need not have room for them."""
+        free = set(self._free)
+        while self._end - 1 in free:
+            self._end -= 1
+        self._free = [place for place in self._free if place < self._end]
+        heapq.heapify(self._free)
+
     def lack(self, blocks: Sequence[int]) -> bool:
         """Whether any of ``blocks`` was forgotten."""
         return bool((self._table[blocks] == BLANK).any()) if len(blocks) else False

@@ -77,6 +77,14 @@ class TreeMemory:
         """Have the storages follow what the tree has freed."""
         self.pool.release(self.tree.allocator.take_freed())
 
+    def trim(self) -> None:
+        """Forget free blocks at the end of every range: growth that failed is not needed."""
+        self.let_go()
+        self.tree.allocator.trim()
+        for storage in self.pool.storages:
+            if storage.places is not None:
+                storage.places.trim()
+
     def clear(self) -> None:
         """End every branch."""
         self.tree.clear()
