@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from models import TINY, Tiny, assert_same, build, generate, model, one_thread, prompts  # noqa: F401
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 from windowed import lives
 
@@ -293,17 +295,25 @@ def test_a_reader_that_may_look_further_back_is_refused():
         which(torch.tensor([[5]]), past_key_values=cache)
 
 
-def test_a_mask_of_the_callers_from_the_start_keeps_everything():
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("reach", [5, 6])
+def test_a_mask_of_the_callers_keeps_what_it_shows(reach, dtype):
     which = model("gemma3")
     cache = cache_of(which)
     ids = prompts(num_rows=1)["input_ids"]
+    whole = torch.ones(70, 70, dtype=torch.bool).tril().triu(1 - reach)[None, None]
+    if dtype != torch.bool:
+        whole = torch.zeros(whole.shape).masked_fill(~whole, torch.finfo(dtype).min)
     with enable_tree_attention(which), torch.no_grad():
-        seen = torch.ones(45, 45, dtype=torch.bool).tril()[None, None]
-        which(ids, past_key_values=cache, attention_mask=seen)
-        for length in range(46, 70):
-            seen = torch.ones(1, 1, 1, length, dtype=torch.bool)
-            which(torch.tensor([[5]]), past_key_values=cache, attention_mask=seen)
-    assert all(kind.blocks == cache.stats().blocks for kind in cache.stats().kinds)
+        which(ids, past_key_values=cache, attention_mask=whole[:, :, :45, :45])
+        for row in range(45, 70):
+            seen = whole[:, :, row : row + 1, : row + 1]
+            got = which(torch.tensor([[row]]), past_key_values=cache, attention_mask=seen).logits
+        tokens = torch.cat([ids, torch.arange(45, 70)[None]], 1)
+        want = which(tokens, attention_mask=whole).logits[:, -1:]
+    assert (got - want).abs().max() < 1e-4
+    kept = [kind.blocks == cache.stats().blocks for kind in cache.stats().kinds]
+    assert all(kept) == (reach > 5)
 
 
 @pytest.mark.core
@@ -337,9 +347,6 @@ def test_copies_and_files_go_on_as_they_were(name, tmp_path):
 
 
 def test_a_file_whose_layers_keep_different_blocks_is_refused(tmp_path):
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
-
     which, path = model("gemma3"), tmp_path / "cache.safetensors"
     cache = cache_of(which)
     with enable_tree_attention(which):
@@ -370,9 +377,12 @@ def test_runners_and_sessions_go_back_anywhere():
         (near,) = runner.fork(root, at=-2)
         runner.extend([root, near], max_new_tokens=20)
         runner.cache.check_integrity()
-    session = TreeSession(which, prompt=prompts(num_rows=1)["input_ids"][0].tolist(), live=False)
+    prompt = prompts(num_rows=1)["input_ids"][0].tolist()
+    session = TreeSession(which, None, prompt, live=False)
     session.root.generate(max_new_tokens=30)
-    assert session.root.fork(at=8)[0].generate(max_new_tokens=3)
+    (back,) = session.root.fork(at=8)
+    back.generate(max_new_tokens=3)
+    assert session.runner.length(back.handle) == 11
 
 
 @pytest.mark.core

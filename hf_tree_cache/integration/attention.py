@@ -198,11 +198,21 @@ def _find_obstacle(
 
 
 def _reach(mask: torch.Tensor | TreeMask | None) -> int | None:
-    """Tokens that ``mask`` lets a query look back to at most; None where that is not known."""
-    if not isinstance(mask, TreeMask):
+    """Tokens that ``mask`` lets a query look back to at most; None where that is not known.
+
+    A tensor is read, which waits for a GPU: models that cut masks have one in a prompt.
+    """
+    if isinstance(mask, TreeMask):
+        recognised, window = mask.pattern
+        return window.size if recognised and window is not None else None
+    if mask is None or mask.ndim != 4:
         return None
-    recognised, window = mask.pattern
-    return window.size if recognised and window is not None else None
+    lowest = torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else 0
+    seen = mask > lowest
+    num_new, columns = mask.shape[2:]
+    own = torch.arange(columns - num_new, columns, device=mask.device)
+    reach = (own + 1 - seen.int().argmax(-1)).masked_fill(~seen.any(-1), 0)
+    return int(reach.max())
 
 
 def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
