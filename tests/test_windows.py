@@ -406,18 +406,11 @@ def test_random_lives_in_the_interpreted_kernel():
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_random_lives_in_the_kernel(dtype, deterministic):
+    options = {"device": "cuda", "dtype": dtype, "deterministic": deterministic}
     for head_dims in ((64, 64), (96, 64)):
-        failures, seen = lives(
-            "triton",
-            range(8),
-            12,
-            20,
-            device="cuda",
-            dtype=dtype,
-            head_dims=head_dims,
-            deterministic=deterministic,
-            scale=6,
-        )
+        options["head_dims"] = head_dims
+        failures, seen = lives("triton", range(8), 12, 20, scale=6, **options)
+        failures += lives("triton", range(3), 3, 60, tight=True, **options)[0]
         assert not failures
         assert "let go" in seen
 

@@ -24,6 +24,8 @@ class WindowedLife:
         seed: decides everything.
         backend: attends.
         deterministic: as the fused kernel has it.
+        scale: of all lengths.
+        tight: blocks go as soon as a window has passed them, within tiles that are still read.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class WindowedLife:
         *,
         deterministic: bool = False,
         scale: int = 1,
+        tight: bool = False,
     ) -> None:
         self.rng = rng = random.Random(seed)
         torch.manual_seed(seed)
@@ -43,6 +46,8 @@ class WindowedLife:
         self.group, self.block_size = rng.choice([1, 2]), rng.choice([4, 16])
         self.backtrack = scale * rng.choice([0, 5, 16])
         kind = rng.choice(["sliding", "chunked"])
+        if tight:
+            self.block_size, self.backtrack, kind = 4, 0, "sliding"
         self.windows: list[Window | None] = [None, Window(kind, scale * rng.choice([1, 7, 24]))]
         self.memory = TreeMemory(
             self.block_size, max_blocks=None, max_memory=None, backtrack=self.backtrack, poison=True
@@ -204,6 +209,8 @@ def main() -> None:
     """In Triton's interpreter: ``TRITON_INTERPRET=1 python tests/windowed.py``."""
     torch.set_num_threads(1)
     failures, seen = lives("triton", range(6), 8, 5)
+    more, _ = lives("triton", range(3), 2, 30, tight=True)
+    failures += more
     for head_dims, deterministic in (((32, 16), False), ((16, 16), True)):
         more, others = lives(
             "triton", range(2), 6, 5, head_dims=head_dims, deterministic=deterministic
