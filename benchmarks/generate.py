@@ -1,354 +1,283 @@
 """Generation on a GPU: N branches of one prompt, TreeCache beside transformers' own ways.
 
-    python benchmarks/generate.py --out benchmarks/results/generate.json
+    python benchmarks/generate.py --out benchmarks/results
 
 Random weights of well-known shapes in bfloat16, sampling at temperature 1. For each workload (P
-prompt tokens, N branches, T new tokens): milliseconds a decode step, which is the time of T tokens
-less that of T/4, over their difference; time to the first token of every branch; the peak of memory
-above the weights; tokens a second of the whole run. The floor is what a step must read, weights and
-unique K/V, over the measured bandwidth. What runs out of memory, or of ``--seconds``, is left out
-and said.
+prompt tokens, N branches, T new tokens): milliseconds a decode step, from the logits of token T/4
+to those of token T; time to the first token of every branch; the peak of memory above the weights;
+tokens a second of the whole run. The floor is what a step must read, weights and unique K/V, over
+the measured bandwidth. What runs out of memory, or of ``--seconds``, is left out and said.
+
+The results of a card are in a file of their own, ``generate_<card>.json``, written after each row.
+``--keep`` begins with those of an earlier run on the same card.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import gc
 import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from capacity import LARGEST, most_branches
 from ceilings import linear_read
-from shapes import SHAPES, build, bytes_read, token_bytes
-from transformers import (
-    ContinuousBatchingConfig,
-    DynamicCache,
-    GenerationConfig,
-    PreTrainedModel,
-)
+from prompts import PROMPTS, different_prompts, prefill
+from shapes import SHAPES, build, bytes_read, token_bytes, weight_bytes
+from steps import peak_memory, watched
+from transformers import PreTrainedModel
+from ways import WAYS, Way, Workload
 
-from hf_tree_cache import BranchingProcessor, TreeCache, enable_tree_attention, tree_generate
+from hf_tree_cache import enable_tree_attention
 from hf_tree_cache.env import environment
-from hf_tree_cache.generation import loop
-
-
-@dataclass(frozen=True)
-class Workload:
-    """P, N and T; ``churn`` forks and prunes all the time."""
-
-    prompt: int
-    rows: int
-    tokens: int
-    churn: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.prompt:,} x {self.rows}{', forking' if self.churn else ''}"
-
 
 WORKLOADS = {
     "8B": [
         Workload(2_000, 16, 64),
         Workload(2_000, 64, 256),
         Workload(2_000, 256, 128),
-        Workload(32_768, 32, 64),
+        Workload(32_768, 32, 64, chunk=8_192),
         Workload(2_000, 64, 128, churn=True),
     ],
     "0.5B": [Workload(2_000, 64, 128)],
+    "14B": [Workload(2_000, 64, 64)],
     "32B": [Workload(2_000, 64, 64)],
     "30B of experts": [Workload(2_000, 64, 64)],
+    "tiny": [
+        Workload(40, 4, 12),
+        Workload(70, 3, 12, chunk=32),
+        Workload(40, 6, 20, churn=True),
+    ],
 }
-
-
-class Churn(BranchingProcessor):
-    """Every ``every`` tokens the ``count`` least likely branches go, and the likeliest fork."""
-
-    def __init__(self, rows: int, every: int = 8, count: int = 8) -> None:
-        self.rows, self.every, self.count = rows, every, count
-        self.step = 0
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.step += 1
-        order = sorted(range(len(scores)), key=lambda row: self.batch.logprobs[row])
-        if len(scores) < self.rows:
-            self.fork(order[-1], self.rows - len(scores))
-        elif self.step % self.every == 0:
-            for row in order[: self.count]:
-                self.prune(row)
-            for row in order[-self.count :]:
-                self.fork(row, 1)
-        return scores
-
-
-def prompt_of(work: Workload) -> torch.Tensor:
-    torch.manual_seed(1)
-    return torch.randint(0, 120_000, (1, work.prompt), device="cuda")
-
-
-def generate(model: PreTrainedModel, work: Workload, tokens: int, **options: Any) -> Any:
-    ids = prompt_of(work)
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=True,
-        top_k=0,
-        num_return_sequences=work.rows,
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-        prefill_chunk_size=8_192 if work.prompt > 8_192 else None,
-        **options,
-    )
-    sequences = getattr(out, "sequences", out)
-    assert sequences.shape == (work.rows, work.prompt + tokens), sequences.shape
-    return out
-
-
-def with_dynamic(model: PreTrainedModel, work: Workload, tokens: int) -> None:
-    generate(model, work, tokens, past_key_values=DynamicCache())
-
-
-def with_static(model: PreTrainedModel, work: Workload, tokens: int) -> None:
-    generate(model, work, tokens, cache_implementation="static")
-
-
-def with_tree(model: PreTrainedModel, work: Workload, tokens: int) -> None:
-    generate(model, work, tokens, past_key_values=TreeCache())
-
-
-def with_tree_generate(model: PreTrainedModel, work: Workload, tokens: int) -> None:
-    options: dict[str, Any] = {"custom_generate": tree_generate, "past_key_values": TreeCache()}
-    options["max_branches"] = work.rows
-    if work.churn:
-        options["branching"] = [Churn(work.rows)]
-    generate(model, work, tokens, **options)
-
-
-def with_batching(model: PreTrainedModel, work: Workload, tokens: int) -> None:
-    config = GenerationConfig(
-        max_new_tokens=tokens,
-        do_sample=True,
-        top_k=0,
-        eos_token_id=-1,
-        pad_token_id=0,
-        use_cuda_graph=True,
-    )
-    out = model.generate_batch(
-        prompt_of(work).tolist() * work.rows,  # it finds equal prompts by itself
-        generation_config=config,
-        continuous_batching_config=ContinuousBatchingConfig(max_memory_percent=0.6),
-    )
-    assert len(out) == work.rows
-    assert all(len(entry.generated_tokens) == tokens for entry in out.values())
-
-
-@dataclass
-class Method:
-    """One way to generate.
-
-    Attributes:
-        run: generates T tokens.
-        enable: settings of :func:`enable_tree_attention`, None to leave the model as it is.
-        kv_per_row: whether each branch stores its whole prompt.
-        for_churn: whether it can fork and prune.
-        most_rows, most_prompt: largest workloads that are measured, for those that take minutes.
-        most_seconds: rough time of one measurement at 8B, to leave out what no longer fits.
-    """
-
-    run: Callable[[PreTrainedModel, Workload, int], None]
-    enable: dict[str, Any] | None = field(default_factory=dict)
-    kv_per_row: bool = False
-    for_churn: bool = False
-    most_rows: int = 1 << 20
-    most_prompt: int = 1 << 20
-    most_seconds: float = 20
-
-
-METHODS = {
-    "tree_generate, compiled": Method(with_tree_generate, {"compile": True}, for_churn=True),
-    "stock generate, TreeCache, compiled": Method(with_tree, {"compile": True}),
-    "stock generate, TreeCache": Method(with_tree, {}),
-    "tree_generate": Method(with_tree_generate, {}, for_churn=True),
-    "stock generate, TreeCache, no graphs": Method(
-        with_tree, {"cuda_graphs": False}, most_rows=64, most_prompt=2_000
-    ),
-    "stock generate, DynamicCache": Method(
-        with_dynamic, None, kv_per_row=True, most_rows=64, most_prompt=2_000, most_seconds=45
-    ),
-    "continuous batching": Method(
-        with_batching, None, kv_per_row=True, most_rows=64, most_prompt=2_000, most_seconds=45
-    ),
-    "stock generate, static cache, compiled": Method(
-        with_static, None, kv_per_row=True, most_rows=16, most_prompt=2_000, most_seconds=150
-    ),
+SECTIONS: dict[str, tuple[float, Callable[[PreTrainedModel, str], Any]]] = {
+    "prefill": (30, prefill),
+    "different_prompts": (15, different_prompts),
+    "largest": (60, lambda model, shape: most_branches(model, *LARGEST[shape])),
 }
+"""Measured once a shape: rough seconds, and how."""
+
+FEW = list(WAYS)[:4]
+ORDER = [*FEW, "prefill", "different_prompts", *list(WAYS)[4:7], "largest", *list(WAYS)[7:]]
+"""What is measured first matters most; of shapes but 8B, only FEW unless asked for."""
 
 
-class Waiting:
-    """Time that the host spends waiting for what was drawn."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        read = loop._Arriving.read
-
-        def timed(drawn: Any) -> Any:
-            begin = time.perf_counter()
-            table = read(drawn)
-            self.seconds += time.perf_counter() - begin
-            return table
-
-        loop._Arriving.read = timed
-        try:
-            yield
-        finally:
-            loop._Arriving.read = read
-
-
-def measure(model: PreTrainedModel, method: Method, work: Workload) -> dict[str, float]:
-    def timed(tokens: int) -> float:
-        torch.cuda.synchronize()
+def measure(model: PreTrainedModel, way: Way, work: Workload) -> dict[str, Any]:
+    """One row of the results."""
+    tokens = min(work.tokens, way.most_tokens)
+    row: dict[str, Any] = {}
+    if way.warm_up:
         begin = time.perf_counter()
-        method.run(model, work, tokens)
-        torch.cuda.synchronize()
-        return time.perf_counter() - begin
-
-    short = work.tokens // 4
-    begin = time.perf_counter()
-    timed(min(12, short))
-    warm_up = time.perf_counter() - begin
+        way.run(model, work, way.warm_up)
+        row["warm_up_s"] = time.perf_counter() - begin
     gc.collect()
-    weights = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    first = timed(1)
-    shorter = min(timed(short) for _ in range(2 if first < 3 else 1))
-    waiting = Waiting()
-    with waiting.watched():
-        total = timed(work.tokens)
-    peak = torch.cuda.max_memory_allocated() - weights
-    result = {
-        "ms_per_step": 1e3 * (total - shorter) / (work.tokens - short),
-        "first_tokens_s": first,
-        "total_s": total,
-        "tokens_per_s": work.rows * work.tokens / total,
-        "peak_above_weights_gb": peak / 1e9,
-        "warm_up_s": warm_up,
+    with peak_memory() as peak:
+        runs = [way.run(model, work, tokens) for _ in range(way.repeats)]
+        row["peak_above_weights_gb"] = peak()
+    best = min(runs, key=lambda run: run.ms_per_step)
+    row |= {
+        "ms_per_step": best.ms_per_step,
+        "all_ms_per_step": [run.ms_per_step for run in runs],
+        "first_tokens_s": min(run.tokens[0] for run in runs),
+        "total_s": best.total,
+        "tokens_per_s": work.rows * tokens / best.total,
+        **best.notes,
     }
-    if waiting.seconds:
-        result["host_ms_per_step"] = 1e3 * (total - first - waiting.seconds) / work.tokens
-    return result
+    if way.enable is not None:
+        with watched() as watch:
+            way.run(model, work, min(tokens, 64))
+        row["profile"] = watch.profile()
+    return row
 
 
-def floor_ms(model: PreTrainedModel, work: Workload, bandwidth: float) -> float:
-    """What a step at mid-run must read, over the bandwidth in TB/s."""
-    unique = (work.prompt + work.rows * work.tokens // 2) * token_bytes(model.config)
+def floor_ms(model: PreTrainedModel, work: Workload, tokens: int, bandwidth: float) -> float:
+    """What a step in the middle of ``tokens`` must read, over the bandwidth in TB/s."""
+    unique = (work.prompt + work.rows * tokens // 2) * token_bytes(model.config)
     return 1e-9 * (bytes_read(model) + unique) / bandwidth
 
 
-def fits(model: PreTrainedModel, method: Method, work: Workload) -> bool:
-    tokens = work.rows * (work.prompt + work.tokens)
+def fits(model: PreTrainedModel, way: Way, work: Workload) -> bool:
+    if not way.kv_per_row or model.device.type != "cuda":
+        return True
+    tokens = work.rows * (work.prompt + min(work.tokens, way.most_tokens))
     free, _ = torch.cuda.mem_get_info()
-    return not method.kv_per_row or tokens * token_bytes(model.config) < 0.8 * free
+    return tokens * token_bytes(model.config) < 0.8 * free
 
 
-def largest(model: PreTrainedModel, prompt: int = 32_768, tokens: int = 8) -> dict[str, int]:
-    """The most branches of a long prompt that fit, by doubling; beside what dense rows would."""
-    most = 0
-    with enable_tree_attention(model):
-        for rows in (1_024, 2_048, 4_096, 8_192, 16_384):
-            try:
-                with_tree(model, Workload(prompt, rows, tokens), tokens)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                print(f"{rows} branches: {str(error)[:120]}", flush=True)
-                break
-            most = rows
-            torch.cuda.empty_cache()
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info()
-    dense = free // ((prompt + tokens) * token_bytes(model.config))
-    return {"prompt": prompt, "tokens": tokens, "tree_rows": most, "dense_rows": int(dense)}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--seconds", type=float, default=3_600, help="stop starting after these")
-    parser.add_argument("--append", action="store_true", help="add to the rows of --out")
-    parser.add_argument("--largest", action="store_true", help="also the most branches that fit")
-    arguments = parser.parse_args()
+def missing_room(shape: str) -> str | None:
+    """Why the weights of a shape do not fit, with 5 GB of work beside them; None if they do."""
     if not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    need = weight_bytes(shape)
+    if need + 5e9 < free:
+        return None
+    return f"{need / 1e9:.0f} GB of weights on a card of {total / 1e9:.0f}"
+
+
+def card_of(where: dict[str, str]) -> str:
+    """A short name for file names: h100, h200."""
+    return where["gpu"].removeprefix("NVIDIA ").partition(" ")[0].lower()
+
+
+class Results:
+    """What was measured on one card, on disk after every change.
+
+    Args:
+        folder: where ``generate_<card>.json`` is written; None for nowhere.
+        where: the environment of this run.
+        bandwidth: TB/s of a linear read in this run.
+        keep: a file of an earlier run; ignored where it is of another card.
+    """
+
+    def __init__(
+        self, folder: Path | None, where: dict[str, str], bandwidth: float, keep: Path | None = None
+    ) -> None:
+        self.path = folder and folder / f"generate_{card_of(where)}.json"
+        self.data: dict[str, Any] = {"rows": []}
+        if keep is not None and keep.exists():
+            earlier = json.loads(keep.read_text(encoding="utf-8"))
+            if earlier["environment"]["gpu"] == where["gpu"]:
+                self.data = earlier
+            else:
+                print(f"{keep.name} is of another card: not kept", flush=True)
+        now = datetime.datetime.now(datetime.UTC)
+        self.data |= {
+            "environment": where,
+            "linear_read_tb_s": bandwidth,
+            "measured": now.isoformat(timespec="minutes"),
+        }
+
+    def put(self, row: dict[str, Any]) -> None:
+        """Add a row, or replace the one of the same work; a gap replaces nothing."""
+        key = _key(row)
+        before = [other for other in self.data["rows"] if _key(other) == key]
+        if "left_out" in row and any("left_out" not in other for other in before):
+            return
+        rest = [other for other in self.data["rows"] if _key(other) != key]
+        self.data["rows"] = [*rest, row | {"commit": self.data["environment"]["commit"]}]
+        self.save()
+
+    def save(self) -> None:
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
+        part.replace(self.path)
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in ("shape", "method", "prompt", "rows", "churn"))
+
+
+def measure_way(
+    model: PreTrainedModel, shape: str, name: str, results: Results, deadline: float
+) -> None:
+    """Every workload of a shape in one way."""
+    way = WAYS[name]
+    handle = None
+    if way.enable is None:
+        model.set_attn_implementation("sdpa")
+    else:
+        # Without a GPU, which --tiny does not need, there is nothing to compile for.
+        options = way.enable if model.device.type == "cuda" else {}
+        handle = enable_tree_attention(model, **options)
+    for work in WORKLOADS[shape]:
+        if not way.takes(work):
+            continue
+        tokens = min(work.tokens, way.most_tokens)
+        row: dict[str, Any] = {
+            "shape": shape,
+            "method": name,
+            "prompt": work.prompt,
+            "rows": work.rows,
+            "tokens": tokens,
+            "churn": work.churn,
+            "floor_ms": floor_ms(model, work, tokens, results.data["linear_read_tb_s"]),
+        }
+        if not fits(model, way, work):
+            row["left_out"] = "memory"
+        elif time.perf_counter() + way.most_seconds > deadline:
+            row["left_out"] = "time"
+        else:
+            if way.around is not None:
+                way.around(model)
+            try:
+                row |= measure(model, way, work)
+            except Exception as error:
+                row["left_out"] = f"{type(error).__name__}: {str(error)[:300]}"
+            if way.around is not None:
+                way.around(model)
+        if handle is not None and handle.graphs is not None:
+            row["graphs"] = str(handle.graphs)
+        print(json.dumps(row), flush=True)
+        results.put(row)
+        _collect()
+    if handle is not None:
+        handle.disable()
+
+
+def measure_section(
+    model: PreTrainedModel, shape: str, name: str, results: Results, deadline: float
+) -> None:
+    """One of :data:`SECTIONS`."""
+    seconds, run = SECTIONS[name]
+    if time.perf_counter() + seconds > deadline:
+        print(f"{name}: no time left", flush=True)
+        return
+    found = run(model, shape)
+    print(json.dumps({name: found}), flush=True)
+    results.data[name] = found
+    results.save()
+    _collect()
+
+
+def _collect() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder for generate_<card>.json")
+    parser.add_argument("--keep", type=Path, help="begin with the rows of this file")
+    parser.add_argument("--shapes", nargs="*", choices=list(SHAPES))
+    parser.add_argument("--only", nargs="*", choices=ORDER, help="ways and sections")
+    parser.add_argument("--seconds", type=float, default=3_600, help="stop starting after these")
+    parser.add_argument("--tiny", action="store_true", help="try the benchmark itself, anywhere")
+    arguments = parser.parse_args(argv)
+    on_gpu = torch.cuda.is_available()
+    if not (on_gpu or arguments.tiny):
         parser.error("this benchmark needs a CUDA GPU; benchmarks/cpu_generate.py runs without")
     warnings.simplefilter("ignore")
     deadline = time.perf_counter() + arguments.seconds
-    bandwidth = statistics.median(linear_read() for _ in range(3))
+    bandwidth = statistics.median(linear_read() for _ in range(3)) if on_gpu else 1.0
+    _collect()
     print(f"ceiling: linear read {bandwidth:.2f} TB/s", flush=True)
-    result: dict[str, Any] = {"environment": environment(), "linear_read_tb_s": bandwidth}
-    if arguments.append:
-        result = json.loads(arguments.out.read_text())
-    rows: list[dict[str, Any]] = result.setdefault("rows", [])
-
-    def save() -> None:
-        if arguments.out:
-            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-
-    for shape in arguments.shapes:
-        model = build(shape)
-        for name in arguments.methods:
-            method = METHODS[name]
-            handle = None
-            if method.enable is None:
-                model.set_attn_implementation("sdpa")
-            else:
-                handle = enable_tree_attention(model, **method.enable)
-            for work in WORKLOADS[shape]:
-                if work.churn and not method.for_churn:
-                    continue
-                if work.rows > method.most_rows or work.prompt > method.most_prompt:
-                    continue
-                row = {
-                    "shape": shape,
-                    "method": name,
-                    "prompt": work.prompt,
-                    "rows": work.rows,
-                    "tokens": work.tokens,
-                    "churn": work.churn,
-                    "floor_ms": floor_ms(model, work, bandwidth),
-                }
-                if not fits(model, method, work):
-                    row["left_out"] = "memory"
-                elif time.perf_counter() + method.most_seconds > deadline:
-                    row["left_out"] = "time"
-                else:
-                    try:
-                        row |= measure(model, method, work)
-                    except Exception as error:
-                        row["left_out"] = f"{type(error).__name__}: {str(error)[:300]}"
-                if handle is not None and handle.graphs is not None:
-                    row["graphs"] = str(handle.graphs)
-                rows.append(row)
-                print(json.dumps(row), flush=True)
-                save()
-                gc.collect()
-                torch.cuda.empty_cache()
-            if handle is not None:
-                handle.disable()
-        if arguments.largest and shape == "8B":
-            result["largest"] = largest(model)
-            print(json.dumps(result["largest"]), flush=True)
-            save()
+    results = Results(arguments.out, environment(), bandwidth, arguments.keep)
+    chosen = arguments.shapes or [shape for shape in SHAPES if shape != "tiny"]
+    for shape in ["tiny"] if arguments.tiny else chosen:
+        reason = missing_room(shape)
+        if reason is not None:
+            print(f"{shape}: {reason}", flush=True)
+            results.put({"shape": shape, "left_out": reason})
+            continue
+        model = build(shape, "cuda" if on_gpu else "cpu")
+        for name in arguments.only or (ORDER if shape in PROMPTS else FEW):
+            if name in WAYS:
+                measure_way(model, shape, name, results, deadline)
+            elif shape in PROMPTS:
+                measure_section(model, shape, name, results, deadline)
         del model
-        gc.collect()
-        torch.cuda.empty_cache()
-    print(json.dumps(result))
+        _collect()
+    print(json.dumps(results.data))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,12 @@ def load(results: Path, name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
+def load_cards(results: Path) -> list[dict[str, Any]]:
+    """The results of benchmarks/generate.py, one of each card."""
+    found = sorted(results.glob("generate_*.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in found]
+
+
 def results_text(
     cpu: dict[str, Any] | None,
     memory: dict[str, Any] | None,
@@ -306,30 +312,30 @@ def _text(x: float, y: float, words: str, kind: str) -> str:
 def pages(root: Path) -> dict[Path, str]:
     """Every file that this script writes, with what belongs into it."""
     results = root / "benchmarks" / "results"
-    names = ("cpu_generate", "memory", "kernel", "generate")
-    cpu, memory, kernel, generation = (load(results, name) for name in names)
+    cpu, memory, kernel = (load(results, name) for name in ("cpu_generate", "memory", "kernel"))
+    cards = load_cards(results)
     readme, docs = root / "README.md", root / "docs" / "benchmarks.md"
-    sections = [kernel_tables.docs_text(kernel), _generation(generation)]
+    sections = [kernel_tables.docs_text(kernel), _generation(cards)]
     if memory is not None:
         sections.append(f"## Bookkeeping\n\n{_memory_sentence(memory)}")
     return {
-        readme: _filled(readme, results_text(cpu, None, kernel, generation)),
+        readme: _filled(readme, results_text(cpu, None, kernel, generate_tables.newest(cards))),
         docs: _filled(docs, "\n\n".join(sections)),
         root / "docs" / "figures" / "tree.svg": figure(cpu),
     }
 
 
-def _generation(result: dict[str, Any] | None) -> str:
+def _generation(cards: list[dict[str, Any]]) -> str:
     about = (
         "`benchmarks/generate.py`: models of well-known shapes with random weights in bf16, "
-        "sampling at temperature 1, branches of one prompt. A step is the time of all new tokens "
-        "less that of a quarter of them, over their difference; × floor compares it with reading "
-        "weights and unique K/V at the speed of a linear read. *Forking*: every 8 tokens 8 of 64 "
-        "branches are pruned and 8 forked. Peaks are above the weights and hold K/V, graphs and "
-        "logits."
+        "sampling at temperature 1, branches of one prompt. A step is the time from a quarter of "
+        "the new tokens to the last of them, divided by their number; × floor compares it with "
+        "reading weights and unique K/V at the speed of a linear read in the same run. *Forking*: "
+        "every 8 tokens 8 of 64 branches are pruned and 8 forked. Peaks are above the weights and "
+        "hold K/V, graphs and logits. Cards are never compared with each other."
     )
     lines = textwrap.wrap(about, 108, break_on_hyphens=False)
-    return "\n".join(["## Generation", "", *lines, "", generate_tables.docs_text(result)])
+    return "\n".join(["## Generation", "", *lines, "", generate_tables.docs_text(cards)])
 
 
 def _filled(page: Path, results: str) -> str:

@@ -46,6 +46,20 @@ def qwen_half_b() -> PretrainedConfig:
     )
 
 
+def qwen_14b() -> PretrainedConfig:
+    """Qwen2.5-14B."""
+    return Qwen2Config(
+        vocab_size=152_064,
+        hidden_size=5_120,
+        intermediate_size=13_824,
+        num_hidden_layers=48,
+        num_attention_heads=40,
+        num_key_value_heads=8,
+        max_position_embeddings=LONG,
+        tie_word_embeddings=False,
+    )
+
+
 def qwen_32b() -> PretrainedConfig:
     """Qwen2.5-32B."""
     return Qwen2Config(
@@ -78,20 +92,44 @@ def qwen_30b_experts() -> PretrainedConfig:
     )
 
 
+def tiny() -> PretrainedConfig:
+    """To try the benchmark itself, anywhere."""
+    return LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=LONG,
+        tie_word_embeddings=False,
+    )
+
+
 SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "8B": llama_8b,
     "0.5B": qwen_half_b,
+    "14B": qwen_14b,
     "32B": qwen_32b,
     "30B of experts": qwen_30b_experts,
+    "tiny": tiny,
 }
+
+
+def outline(name: str) -> PreTrainedModel:
+    """The model ``name`` of :data:`SHAPES`, without memory for its weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(SHAPES[name](), dtype=torch.bfloat16)
+
+
+def weight_bytes(name: str) -> int:
+    return sum(parameter.nbytes for parameter in outline(name).parameters())
 
 
 def build(name: str, device: str = "cuda") -> PreTrainedModel:
     """The model ``name`` of :data:`SHAPES`, without an end-of-sequence token."""
-    config = SHAPES[name]()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model = model.to_empty(device=device)
+    model = outline(name).to_empty(device=device)
+    config = model.config
     model.tie_weights()
     torch.manual_seed(0)
     with torch.no_grad():

@@ -19,12 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from kernel_calls import Call, Family, append, call_over, grow, make_call
+from test_linear import CASES, TOLERANCE, draw, error_of
 from trees import SHAPES, ShadowTree
 from triton import knobs
 
 from hf_tree_cache.attention.dispatch import run_tree_attention
 from hf_tree_cache.attention.plan import Window
 from hf_tree_cache.attention.tiles import Tiles, TileSet
+from hf_tree_cache.linear.launch import few_rows_linear
 
 WINDOWS = [None, None, Window("sliding", 7), Window("chunked", 8), Window("sliding", 100)]
 FP16_FACTOR = 4.0
@@ -56,6 +58,7 @@ def draw_family(seed: int) -> Family:
         deterministic=rng.random() < 0.2,
         fixed=rng.random() < 0.3,
         tiles=TileSet(tiles, rng.choice([tiles, other])),
+        spread=rng.choice([1, 1, 64]),
     )
 
 
@@ -81,6 +84,7 @@ def run_tree(seed: int, seen: dict[str, set[Any]]) -> list[str]:
         "window": family.window is not None and family.window.kind,
         "softcap": family.softcap is not None,
         "sinks": family.sinks,
+        "spread": family.spread > 1,
         "deterministic": family.deterministic,
         "fixed": family.fixed,
         "merges": work.num_work < work.num_items,
@@ -151,6 +155,18 @@ def run_dispatch() -> list[str]:
     return [text for text in wrong if text is not None]
 
 
+def run_linear() -> list[str]:
+    """Few rows through linear layers."""
+    wrong = []
+    for rows, widths, size in CASES:
+        for bias in (False, True):
+            inputs = draw(rows, widths, size, torch.float16, "cpu", bias)
+            error = error_of(few_rows_linear(*inputs), *inputs)
+            if not error < FP16_FACTOR * TOLERANCE[torch.float16]:
+                wrong.append(f"{rows} rows, {widths} of {size}, bias {bias}: off by {error:.1e}")
+    return wrong
+
+
 def main(num_trees: int) -> None:
     assert knobs.runtime.interpret, "set TRITON_INTERPRET=1"
     torch.set_num_threads(1)
@@ -161,6 +177,7 @@ def main(num_trees: int) -> None:
         for seed in range(num_trees)
     ]
     jobs += [("advance", run_advance), ("blanks", run_blanks), ("dispatch", run_dispatch)]
+    jobs.append(("linear", run_linear))
     for name, job in jobs:
         try:
             failures += [f"{name}: {text}" for text in job()]

@@ -31,7 +31,7 @@ from hf_tree_cache import (
     tree_generate,
 )
 from hf_tree_cache.integration.fingerprint import find_hook, fingerprint
-from hf_tree_cache.integration.joined import JoinedLinears
+from hf_tree_cache.integration.linears import DecodeLinears
 from hf_tree_cache.integration.op_record import OpRecord, first_difference
 
 
@@ -136,18 +136,18 @@ def test_joined_linears_compute_the_same_and_are_given_back():
     attention = layer.self_attn
     names = ("q_proj", "k_proj", "v_proj")
     expected = [getattr(attention, name)(x) for name in names]
-    joined = JoinedLinears([layer])
+    joined = DecodeLinears(list(layer.modules()), join=True)
     assert len(joined) == 2 and joined.intact
     storages = {getattr(attention, name).weight.untyped_storage().data_ptr() for name in names}
     assert len(storages) == 1
-    with joined.together():
+    with joined.switched():
         for name, value in zip(names, expected, strict=True):
             assert (getattr(attention, name)(x) - value).abs().max() < 1e-6
         weight, bias = state["self_attn.k_proj.weight"], state["self_attn.k_proj.bias"]
         changed = nn.functional.linear(other, weight, bias)
         assert (attention.k_proj(other) - changed).abs().max() < 1e-6
         assert (attention.k_proj(x) - expected[1]).abs().max() < 1e-6
-    assert type(attention.q_proj) is nn.Linear and "shared" not in vars(attention.q_proj)
+    assert type(attention.q_proj) is nn.Linear and "group" not in vars(attention.q_proj)
     attention.v_proj.weight = nn.Parameter(attention.v_proj.weight.detach().clone())
     assert not joined.intact
     joined.release()
@@ -160,7 +160,7 @@ def test_what_cannot_be_joined_stays_apart():
     layer = build("llama").model.layers[0]
     layer.self_attn.q_proj.register_forward_hook(lambda *_: None)
     layer.mlp.up_proj = nn.Sequential(layer.mlp.up_proj)
-    assert len(JoinedLinears([layer])) == 0
+    assert len(DecodeLinears(list(layer.modules()), join=True)) == 0
 
 
 def on_gpu(name, dtype=torch.float32):

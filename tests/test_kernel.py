@@ -249,6 +249,9 @@ FAMILIES = [
     Family(FP32, (80, 80), 7, 32, (2, 5, 17), window=Window("sliding", 50)),
     Family(FP32, (128, 128), 1, 16, sinks=True),
     Family(FP32, (64, 64), 4, 64, (2, 5, 17), deterministic=True),
+    Family(BF16, (128, 128), 4, 16, spread=64),
+    Family(BF16, (64, 64), 7, 32, (2, 5, 17), window=Window("sliding", 60), spread=64),
+    Family(BF16, (128, 128), 8, 16, deterministic=True, sinks=True, spread=200),
 ]
 ANY_KERNEL = [
     Family(BF16, (128, 128), 4, 16, fixed=False),

@@ -176,27 +176,97 @@ GENERATION_ROW = {
 }
 
 
+ENVIRONMENT = {
+    "gpu": "NVIDIA H200",
+    "gpu_driver": "1",
+    "torch": "2",
+    "triton": "3",
+    "transformers": "5",
+    "commit": "abc",
+}
+GENERATION = {
+    "environment": ENVIRONMENT,
+    "linear_read_tb_s": 4.6,
+    "rows": [
+        *(
+            GENERATION_ROW | {"prompt": prompt, "rows": rows}
+            for prompt, rows in generate_tables.README_WORKLOADS
+        ),
+        GENERATION_ROW | {"method": "stock generate, DynamicCache", "left_out": "time"},
+        {"shape": "32B", "left_out": "66 GB of weights on a card of 40"},
+    ],
+}
+
+
 def test_the_generation_tables_show_ratios_and_what_was_not_run() -> None:
-    works = [{"prompt": p, "rows": r} for p, r in generate_tables.README_WORKLOADS]
-    dense = {"method": "stock generate, DynamicCache", "left_out": "time"}
-    result = {
-        "environment": {
-            "gpu": "NVIDIA H200",
-            "gpu_driver": "1",
-            "torch": "2",
-            "triton": "3",
-            "transformers": "5",
-            "commit": "abc",
-        },
-        "linear_read_tb_s": 4.6,
-        "rows": [*(GENERATION_ROW | work for work in works), GENERATION_ROW | dense],
-    }
-    text = generate_tables.docs_text(result)
+    text = generate_tables.docs_text([GENERATION])
     assert "| 8B | 16 × 2,000 | 64 | tree_generate, compiled | **5.10** | 1.50 | 0.08 |" in text
     assert "stock generate, DynamicCache | not run: no time left |" in text
-    short = report.results_text(None, None, None, result)
+    assert "| 32B | not run: 66 GB of weights on a card of 40 |" in text
+    short = report.results_text(None, None, None, GENERATION)
     assert "| 16 branches of 2,000 tokens | 3.4 | 5.1 | not run | not run |" in short
     assert "| 32 branches of 32,768 tokens | 3.4 | 5.1 | not run | not run |" in short
+
+
+def test_cards_stay_apart_and_the_one_measured_last_is_in_readme(tmp_path: Path) -> None:
+    static = {"method": "stock generate, static cache, compiled", "ms_per_step": 18.4}
+    batching = {"method": "continuous batching, graphs", "ms_per_step": 30.6}
+    other = GENERATION | {
+        "environment": ENVIRONMENT | {"gpu": "NVIDIA H100 80GB HBM3"},
+        "measured": "2026-11-25T10:00+00:00",
+        "linear_read_tb_s": 3.0,
+        "rows": [
+            GENERATION_ROW | {"floor_ms": 5.5, "ms_per_step": 7.0},
+            GENERATION_ROW | static,
+            GENERATION_ROW | batching | {"attention": "paged|sdpa"},
+        ],
+    }
+    for name, result in (("h200", GENERATION), ("h100", other)):
+        path = tmp_path / f"generate_{name}.json"
+        path.write_text(json.dumps(result), encoding="utf-8")
+    cards = report.load_cards(tmp_path)
+    assert len(cards) == 2
+    text = generate_tables.docs_text(cards)
+    h100, h200 = text.split("### NVIDIA H200")
+    assert h100.startswith("### NVIDIA H100 80GB HBM3")
+    assert "**7.00** | 1.27 |" in h100 and "**5.10** | 1.50 |" in h200
+    assert "`paged|sdpa`" in h100 and "4.60 TB/s" not in h100
+    lines = generate_tables.readme_lines(generate_tables.newest(cards))
+    assert lines[0].endswith("DynamicCache | best of transformers' other ways |")
+    assert "NVIDIA H100 80GB HBM3" in lines[0]
+    first = "| 16 branches of 2,000 tokens | 5.5 | 7.0 | not run | not run "
+    assert lines[2:] == [f"{first}| 18.4, static cache, compiled |"]
+
+
+def test_the_generation_page_shows_profiles_prefill_padding_and_capacity() -> None:
+    profile = {"step": 5.2, "graph": 5.0, "host": 1.9, "forward": 0.5, "waiting": 3.3}
+    result = GENERATION | {
+        "rows": [GENERATION_ROW | {"profile": profile}],
+        "prefill": [
+            {"prompt": 2000, "chunk": None, "how": "the model alone", "seconds": 0.05,
+             "peak_above_weights_gb": 0.6},
+            {"prompt": 2000, "chunk": None, "how": "TreeCache, 64 branches", "seconds": 0.06,
+             "peak_above_weights_gb": 0.5},
+            {"prompt": 2000, "chunk": 512, "how": "TreeCache, 64 branches",
+             "left_out": "no | room"},
+        ],
+        "different_prompts": [
+            {"how": "TreeCache", "ms_per_step": 9.5, "first_tokens_s": 0.3, "total_s": 0.6,
+             "peak_above_weights_gb": 2.5, "stored": 10_848, "expected": 10_845,
+             "dense_reads": {"a mask": 3}},
+            {"how": "DynamicCache", "left_out": "OutOfMemoryError: none"},
+        ],
+        "largest": {"prompt": 32_768, "tokens": 8, "tree_rows": 4_096, "too_many": 6_144,
+                    "dense_rows": 13, "tries": [{"rows": 6_144, "usable_after": "it broke"}]},
+    }  # fmt: skip
+    text = generate_tables.docs_text([result])
+    assert "| tree_generate, compiled | 5.20 | 5.00 | 1.90 | 0.50 | 3.30 |" in text
+    assert "| 2,000 | – | TreeCache, 64 branches | 0.060 | 1.20 | 0.50 |" in text
+    assert "| 2,000 | 512 | TreeCache, 64 branches | not run: no / room |" in text
+    assert "10,848, 3 of them padding, **dense reads: {'a mask': 3}** |" in text
+    assert "| DynamicCache | not run: OutOfMemoryError: none |" in text
+    prose = " ".join(text.split())
+    assert "4,096 (6,144 do not fit; **a cache was broken after it**). Dense rows: 13." in prose
 
 
 def test_the_kernel_tables_show_targets_losses_and_failures() -> None:

@@ -22,37 +22,203 @@ PATIENCE = tl.constexpr(1000)  # polls, of about a microsecond
 
 
 @triton.jit
+def _scores(b_q, b_k, cap_scale, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    """[M, KV], to be multiplied by ``qk_scale``."""
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    if SOFTCAP:
+        b_s = 1.0 - 2.0 / (tl.math.exp2(b_s * cap_scale) + 1.0)
+    return b_s
+
+
+@triton.jit
 def _accumulate(
     b_q,  # [M, DK]
     b_k,  # [KV, DK]
     b_v,  # [KV, DV]
     b_acc,  # [M, DV] float32
-    b_max,  # [M] running maximum of the scores, times log2(e)
-    b_sum,  # [M] running sum
+    b_max,  # [M] running maximum of the scores, or the fixed pivot, times log2(e)
+    b_sum,  # [M] running sum; [M, KV] of all tiles where warps share a row
     m_seen,  # [M, KV]
     qk_scale,
     cap_scale,
     MASKED: tl.constexpr,
     BLIND: tl.constexpr,  # a query may see nothing of a tile, and nothing before it
+    FIXED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One step of online softmax, base 2."""
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-    if SOFTCAP:
-        b_s = 1.0 - 2.0 / (tl.math.exp2(b_s * cap_scale) + 1.0)
-    if MASKED:
-        b_s = tl.where(m_seen, b_s, float("-inf"))
-    b_new = tl.maximum(b_max, tl.max(b_s, 1) * qk_scale)
-    b_pivot = b_new
-    if BLIND:
-        b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new)
-    b_p = tl.math.exp2(b_s * qk_scale - b_pivot[:, None])
-    b_decay = tl.math.exp2(b_max - b_pivot)
-    b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-    b_acc = b_acc * b_decay[:, None]
+    """One step of softmax, base 2."""
+    b_s = _scores(b_q, b_k, cap_scale, SOFTCAP, PRECISION)
+    if FIXED:
+        b_p = tl.math.exp2(b_s * qk_scale - b_max[:, None])
+        if MASKED:
+            b_p = tl.where(m_seen, b_p, 0.0)
+        # As they are rounded for the product, so that weights add up to 1: the largest is not
+        # exact, as it is relative to a maximum.
+        b_p = b_p.to(b_v.dtype)
+        b_sum += b_p.to(tl.float32) if len(b_sum.shape) == 2 else tl.sum(b_p.to(tl.float32), 1)
+    else:
+        if MASKED:
+            b_s = tl.where(m_seen, b_s, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, 1) * qk_scale)
+        b_pivot = b_new
+        if BLIND:
+            b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_p = tl.math.exp2(b_s * qk_scale - b_pivot[:, None])
+        b_decay = tl.math.exp2(b_max - b_pivot)
+        b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+        b_acc = b_acc * b_decay[:, None]
+        b_max = b_new
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
-    return b_acc, b_new, b_sum
+    return b_acc, b_max, b_sum
+
+
+@triton.jit
+def _attend(
+    p_k,
+    p_v,
+    p_ids,  # [KV] where a tile's block numbers are
+    b_q,  # [M, DK]
+    b_id,  # [KV] first block numbers
+    b_id_v,
+    b_max,  # [M] the pivot, if it is fixed
+    b_limit,  # [M] tokens that each may see
+    b_lower,  # [M] and those before that it may not
+    i_head,
+    i_tile,
+    num_full,
+    num_tokens,
+    v_list,
+    qk_scale,
+    cap_scale,
+    HKV: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    DKP: tl.constexpr,
+    DVP: tl.constexpr,
+    S: tl.constexpr,
+    M: tl.constexpr,
+    KV: tl.constexpr,
+    STAGES: tl.constexpr,
+    PEEL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    FIXED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SPLIT_LIST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Softmax over a run of blocks: sums of values [M, DV], maximum [M], sum of weights [M]."""
+    PER_TILE: tl.constexpr = KV // S if KV > S else 1  # blocks of a tile
+    PER_BLOCK: tl.constexpr = S // KV if S > KV else 1  # tiles of a block
+    SHARED_ROWS: tl.constexpr = FIXED and M < 64  # several warps have a part of each row
+    o_t = tl.arange(0, KV)
+    o_dk = tl.arange(0, DKP)
+    o_dv = tl.arange(0, DVP)
+    o_k = (o_t % S)[:, None] * (HKV * DK) + i_head * DK + o_dk[None, :]  # [KV, DKP]
+    o_v = (o_t % S)[:, None] * (HKV * DV) + i_head * DV + o_dv[None, :]  # [KV, DVP]
+    b_acc = tl.zeros([M, DVP], tl.float32)
+    b_sum = tl.zeros([M, KV] if SHARED_ROWS else [M], tl.float32)
+    if PEEL:
+        # Tokens that all queries see: no masks.
+        num_plain = num_full // KV
+        for t in tl.range(0, num_plain, num_stages=STAGES):
+            b_next = tl.load(p_ids + (t + 1) // PER_BLOCK * PER_TILE)
+            if SPLIT_LIST:
+                b_next_v = tl.load(p_ids + v_list + (t + 1) // PER_BLOCK * PER_TILE)
+            else:
+                b_next_v = b_next
+            o_inner = (t % PER_BLOCK) * KV
+            o_bk = b_id.to(tl.int64) * (S * HKV * DK) + o_inner * (HKV * DK)
+            o_bv = b_id_v.to(tl.int64) * (S * HKV * DV) + o_inner * (HKV * DV)
+            if DK == DKP:
+                b_k = tl.load(p_k + (o_bk[:, None] + o_k))
+            else:
+                b_k = tl.load(p_k + (o_bk[:, None] + o_k), mask=(o_dk < DK)[None, :], other=0.0)
+            if DV == DVP:
+                b_v = tl.load(p_v + (o_bv[:, None] + o_v))
+            else:
+                b_v = tl.load(p_v + (o_bv[:, None] + o_v), mask=(o_dv < DV)[None, :], other=0.0)
+            b_acc, b_max, b_sum = _accumulate(
+                b_q, b_k, b_v, b_acc, b_max, b_sum, None, qk_scale, cap_scale,
+                False, False, FIXED, SOFTCAP, PRECISION,
+            )  # fmt: skip
+            b_id = b_next
+            b_id_v = b_next_v
+        i_tile = num_plain
+    for t in tl.range(i_tile, tl.cdiv(num_tokens, KV), num_stages=STAGES):
+        b_next = tl.load(p_ids + (t + 1) // PER_BLOCK * PER_TILE)
+        if SPLIT_LIST:
+            b_next_v = tl.load(p_ids + v_list + (t + 1) // PER_BLOCK * PER_TILE)
+        else:
+            b_next_v = b_next
+        o_inner = (t % PER_BLOCK) * KV
+        o_bk = b_id.to(tl.int64) * (S * HKV * DK) + o_inner * (HKV * DK)
+        o_bv = b_id_v.to(tl.int64) * (S * HKV * DV) + o_inner * (HKV * DV)
+        # Scores of unwritten slots are masked, whatever they are; 0 times an unwritten value is not
+        # always 0, so those are not read.
+        if DK == DKP:
+            b_k = tl.load(p_k + (o_bk[:, None] + o_k))
+        else:
+            b_k = tl.load(p_k + (o_bk[:, None] + o_k), mask=(o_dk < DK)[None, :], other=0.0)
+        o_token = t * KV + o_t
+        m_v = (o_token < num_tokens)[:, None]
+        if DV != DVP:
+            m_v = m_v & (o_dv < DV)[None, :]
+        b_v = tl.load(p_v + (o_bv[:, None] + o_v), mask=m_v, other=0.0)
+        m_seen = o_token[None, :] < b_limit[:, None]
+        if WINDOW != 0:
+            m_seen = m_seen & (o_token[None, :] >= b_lower[:, None])
+        b_acc, b_max, b_sum = _accumulate(
+            b_q, b_k, b_v, b_acc, b_max, b_sum, m_seen, qk_scale, cap_scale,
+            True, WINDOW != 0, FIXED, SOFTCAP, PRECISION,
+        )  # fmt: skip
+        b_id = b_next
+        b_id_v = b_next_v
+    if SHARED_ROWS:
+        b_sum = tl.sum(b_sum, 1)
+    return b_acc, b_max, b_sum
+
+
+@triton.jit
+def _find_maxima(
+    p_k,
+    p_ids,
+    b_q,
+    b_id,
+    b_limit,
+    b_lower,
+    i_head,
+    num_tokens,
+    qk_scale,
+    cap_scale,
+    HKV: tl.constexpr,
+    DK: tl.constexpr,
+    DKP: tl.constexpr,
+    S: tl.constexpr,
+    M: tl.constexpr,
+    KV: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The largest score of each query over a run of blocks, times log2(e): [M]."""
+    PER_TILE: tl.constexpr = KV // S if KV > S else 1
+    PER_BLOCK: tl.constexpr = S // KV if S > KV else 1
+    o_t = tl.arange(0, KV)
+    o_dk = tl.arange(0, DKP)
+    o_k = (o_t % S)[:, None] * (HKV * DK) + i_head * DK + o_dk[None, :]
+    b_max = tl.full([M], float("-inf"), tl.float32)
+    for t in tl.range(0, tl.cdiv(num_tokens, KV), num_stages=1):
+        o_bk = b_id.to(tl.int64) * (S * HKV * DK) + (t % PER_BLOCK) * KV * (HKV * DK)
+        b_k = tl.load(p_k + (o_bk[:, None] + o_k), mask=(o_dk < DK)[None, :], other=0.0)
+        b_s = _scores(b_q, b_k, cap_scale, SOFTCAP, PRECISION)
+        o_token = t * KV + o_t
+        m_seen = o_token[None, :] < b_limit[:, None]
+        if WINDOW != 0:
+            m_seen = m_seen & (o_token[None, :] >= b_lower[:, None])
+        b_max = tl.maximum(b_max, tl.max(tl.where(m_seen, b_s, float("-inf")), 1))
+        b_id = tl.load(p_ids + (t + 1) // PER_BLOCK * PER_TILE)
+    return b_max * qk_scale
 
 
 @triton.jit
@@ -107,6 +273,7 @@ def _work(
     STAGES: tl.constexpr,
     PEEL: tl.constexpr,
     WINDOW: tl.constexpr,
+    FIXED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     SPLIT_LIST: tl.constexpr,
@@ -151,68 +318,37 @@ def _work(
     b_id_v = b_id
     if SPLIT_LIST:
         b_id_v = tl.load(p_ids + v_list + i_tile // PER_BLOCK * PER_TILE)
-    o_k = (o_t % S)[:, None] * (HKV * DK) + i_head * DK + o_dk[None, :]  # [KV, DKP]
-    o_v = (o_t % S)[:, None] * (HKV * DV) + i_head * DV + o_dv[None, :]  # [KV, DVP]
-
-    b_acc = tl.zeros([M, DVP], tl.float32)
-    b_max = tl.full([M], float("-inf"), tl.float32)
-    b_sum = tl.zeros([M], tl.float32)
-    if PEEL:
-        # Tokens that all queries see: no masks.
-        num_plain = num_full // KV
-        for t in tl.range(0, num_plain, num_stages=STAGES):
-            b_next = tl.load(p_ids + (t + 1) // PER_BLOCK * PER_TILE)
+    b_max = tl.full([M], 0.0 if FIXED else float("-inf"), tl.float32)
+    b_acc, b_max, b_sum = _attend(
+        p_k, p_v, p_ids, b_q, b_id, b_id_v, b_max, b_limit, b_lower, i_head, i_tile, num_full,
+        num_tokens, v_list, qk_scale, cap_scale, HKV, DK, DV, DKP, DVP, S, M, KV, STAGES, PEEL,
+        WINDOW, FIXED, SOFTCAP, SPLIT_LIST, PRECISION,
+    )  # fmt: skip
+    if FIXED:
+        # Nothing waited for a maximum, and no sum was scaled. Where the powers left float32, once
+        # more around the true maximum.
+        m_sound = (b_sum > 2.0**-64) & (b_sum < 2.0**64)
+        m_sound = m_sound & (tl.max(tl.abs(b_acc), 1) < float("inf"))
+        b_first = tl.maximum(b_lower, 0) if WINDOW != 0 else b_lower * 0
+        m_sees = m_query & (tl.minimum(b_limit, num_tokens) > b_first)
+        if tl.max((m_sees & ~m_sound).to(tl.int32), 0) > 0:
+            # Rare, so with few registers: small steps, one after the other.
+            FEW: tl.constexpr = 16
+            p_few = p_list + i_list + tl.arange(0, FEW) // S
+            b_few = tl.load(p_few)
+            b_few_v = b_few
             if SPLIT_LIST:
-                b_next_v = tl.load(p_ids + v_list + (t + 1) // PER_BLOCK * PER_TILE)
-            else:
-                b_next_v = b_next
-            o_inner = (t % PER_BLOCK) * KV
-            o_bk = b_id.to(tl.int64) * (S * HKV * DK) + o_inner * (HKV * DK)
-            o_bv = b_id_v.to(tl.int64) * (S * HKV * DV) + o_inner * (HKV * DV)
-            if DK == DKP:
-                b_k = tl.load(p_k + (o_bk[:, None] + o_k))
-            else:
-                b_k = tl.load(p_k + (o_bk[:, None] + o_k), mask=(o_dk < DK)[None, :], other=0.0)
-            if DV == DVP:
-                b_v = tl.load(p_v + (o_bv[:, None] + o_v))
-            else:
-                b_v = tl.load(p_v + (o_bv[:, None] + o_v), mask=(o_dv < DV)[None, :], other=0.0)
-            b_acc, b_max, b_sum = _accumulate(
-                b_q, b_k, b_v, b_acc, b_max, b_sum, m_query[:, None], qk_scale, cap_scale,
-                False, False, SOFTCAP, PRECISION,
+                b_few_v = tl.load(p_few + v_list)
+            b_top = _find_maxima(
+                p_k, p_few, b_q, b_few, b_limit, b_lower, i_head, num_tokens, qk_scale, cap_scale,
+                HKV, DK, DKP, S, M, FEW, WINDOW, SOFTCAP, PRECISION,
             )  # fmt: skip
-            b_id = b_next
-            b_id_v = b_next_v
-        i_tile = num_plain
-    for t in tl.range(i_tile, tl.cdiv(num_tokens, KV), num_stages=STAGES):
-        b_next = tl.load(p_ids + (t + 1) // PER_BLOCK * PER_TILE)
-        if SPLIT_LIST:
-            b_next_v = tl.load(p_ids + v_list + (t + 1) // PER_BLOCK * PER_TILE)
-        else:
-            b_next_v = b_next
-        o_inner = (t % PER_BLOCK) * KV
-        o_bk = b_id.to(tl.int64) * (S * HKV * DK) + o_inner * (HKV * DK)
-        o_bv = b_id_v.to(tl.int64) * (S * HKV * DV) + o_inner * (HKV * DV)
-        # Scores of unwritten slots are masked, whatever they are; 0 times an unwritten value is not
-        # always 0, so those are not read.
-        if DK == DKP:
-            b_k = tl.load(p_k + (o_bk[:, None] + o_k))
-        else:
-            b_k = tl.load(p_k + (o_bk[:, None] + o_k), mask=(o_dk < DK)[None, :], other=0.0)
-        o_token = t * KV + o_t
-        m_v = (o_token < num_tokens)[:, None]
-        if DV != DVP:
-            m_v = m_v & (o_dv < DV)[None, :]
-        b_v = tl.load(p_v + (o_bv[:, None] + o_v), mask=m_v, other=0.0)
-        m_seen = o_token[None, :] < b_limit[:, None]
-        if WINDOW != 0:
-            m_seen = m_seen & (o_token[None, :] >= b_lower[:, None])
-        b_acc, b_max, b_sum = _accumulate(
-            b_q, b_k, b_v, b_acc, b_max, b_sum, m_seen, qk_scale, cap_scale,
-            True, WINDOW != 0, SOFTCAP, PRECISION,
-        )  # fmt: skip
-        b_id = b_next
-        b_id_v = b_next_v
+            b_max = tl.where(m_sees & ~m_sound, b_top, 0.0)
+            b_acc, b_max, b_sum = _attend(
+                p_k, p_v, p_few, b_q, b_few, b_few_v, b_max, b_limit, b_lower, i_head, 0, 0,
+                num_tokens, v_list, qk_scale, cap_scale, HKV, DK, DV, DKP, DVP, S, M, FEW, 1, False,
+                WINDOW, True, SOFTCAP, SPLIT_LIST, PRECISION,
+            )  # fmt: skip
 
     m_out = m_query[:, None] & (o_dv < DV)[None, :]
     # Without parts for a merge, the item is all that its queries see.
@@ -382,6 +518,7 @@ def tree_attention_kernel(
     REVERSED: tl.constexpr,  # start from the last item, to test what then keeps merges safe
     PEEL: tl.constexpr,
     WINDOW: tl.constexpr,  # 0 none, 1 sliding, 2 chunked
+    FIXED: tl.constexpr,  # powers of 2 as they are, not relative to a running maximum
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     SPLIT_LIST: tl.constexpr,
@@ -423,7 +560,7 @@ def tree_attention_kernel(
                 p_arrived, i_query_small, b_limit_small, b_id_small, i_head, i_list, start,
                 num_queries, i_slot, num_full, num_tokens, num_new, stride_qb, stride_qh,
                 stride_qt, v_list, qk_scale, cap_scale, window, HKV, G, DK, DV, DKP, DVP, S,
-                M_SMALL, KV_SMALL, STAGES_SMALL, False, WINDOW, SOFTCAP, SINKS, SPLIT_LIST,
+                M_SMALL, KV_SMALL, STAGES_SMALL, False, WINDOW, FIXED, SOFTCAP, SINKS, SPLIT_LIST,
                 PRECISION, MERGES,
             )  # fmt: skip
         elif LARGE and kind == 1:
@@ -432,7 +569,7 @@ def tree_attention_kernel(
                 p_arrived, i_query_large, b_limit_large, b_id_large, i_head, i_list, start,
                 num_queries, i_slot, num_full, num_tokens, num_new, stride_qb, stride_qh,
                 stride_qt, v_list, qk_scale, cap_scale, window, HKV, G, DK, DV, DKP, DVP, S,
-                M_LARGE, KV_LARGE, STAGES_LARGE, PEEL, WINDOW, SOFTCAP, SINKS, SPLIT_LIST,
+                M_LARGE, KV_LARGE, STAGES_LARGE, PEEL, WINDOW, FIXED, SOFTCAP, SINKS, SPLIT_LIST,
                 PRECISION, MERGES,
             )  # fmt: skip
         elif MERGES and kind == 2:

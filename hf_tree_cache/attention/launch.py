@@ -226,6 +226,9 @@ class Workspace:
             REVERSED=reverse,
             PEEL=window is None and not key.deterministic,
             WINDOW=0 if window is None else WINDOW_KINDS[window.kind],
+            # Powers of 2 as they come do not fit in float16; and when a query has to be done again,
+            # so are those beside it.
+            FIXED=spec.dtype != torch.float16 and not key.deterministic,
             SOFTCAP=softcap is not None,
             SINKS=sinks is not None,
             SPLIT_LIST=spec.k_head_dim != spec.v_head_dim,

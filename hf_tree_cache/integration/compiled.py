@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 
 from ..attention.plan import Window
 from .handles import CompiledKV, TreeMask
-from .joined import JoinedLinears
 from .layers import PagedLayer
 from .static import StaticDecode
 from .step import NotCapturable
@@ -50,7 +49,6 @@ class CompiledLayers:
             raise NotCapturable("the model does not say what its decoder layers are")
         if any("forward" in vars(layer) for layer in self.layers):
             raise NotCapturable("the forward of its layers was replaced")
-        self._joined = JoinedLinears(self.layers)
         self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
         self._number = next(_NUMBERS)
         _RUNNING[self._number] = self
@@ -68,8 +66,6 @@ class CompiledLayers:
         Args:
             paged: layers of the cache.
         """
-        if not self._joined.intact:  # weights were replaced
-            self._joined = JoinedLinears(self.layers)
         self._static, self._paged = static, paged
         names = sorted({type(layer).__name__ for layer in self.layers})
         with tqdm(
@@ -78,16 +74,11 @@ class CompiledLayers:
             try:
                 for layer, proxy in zip(self.layers, self._proxies, strict=True):
                     layer.forward = self._forward_of(layer, proxy, bar)
-                with self._joined.together():
-                    yield
+                yield
             finally:
                 for layer in self.layers:
                     vars(layer).pop("forward", None)
                 self._static, self._paged = None, []
-
-    def release(self) -> None:
-        """Leave the model's weights as they were found."""
-        self._joined.release()
 
     def attend(
         self,
@@ -134,7 +125,6 @@ class CompiledLayers:
             self._windows[proxy.index] = window
             kwargs.update(past_key_values=proxy, attention_mask=None)
             result = compiled(layer, *args, **kwargs)
-            self._joined.forget()
             bar.update()
             return result
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,8 @@ from .compiled import CompiledLayers
 from .decode_call import Call, outward, read_call, without_cache
 from .fingerprint import find_hook, fingerprint
 from .layers import PagedLayer
+from .linears import DecodeLinears
+from .norms import DecodeNorms
 from .op_record import OpRecord, first_difference
 from .static import StaticDecode, layouts
 from .step import NotCapturable, Step
@@ -172,6 +174,8 @@ class DecodeGraphs:
         self.stats = GraphStats()
         self._compiled = _compiled_layers(model) if compile else None
         self._model = model
+        self._linears = DecodeLinears((), join=False)
+        self._norms = DecodeNorms(())
         self._kinds: dict[Hashable, _Kind] = {}
         self._programs: dict[Call, _Program] = {}
         self._fingerprint: Hashable = None
@@ -183,9 +187,8 @@ class DecodeGraphs:
         """Drop all graphs, and leave the model as it was found."""
         self._kinds.clear()
         self._programs.clear()
-        if self._compiled is not None:
-            self._compiled.release()
-            self._compiled = None
+        self._linears.release()
+        self._compiled = None
 
     def run(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """The output of a decode step; None if ``forward`` must be called as ever."""
@@ -226,8 +229,13 @@ class DecodeGraphs:
         arguments = {**dict(call.constants), **inputs, "past_key_values": cache}
 
         def decode(compiled: CompiledLayers | None = None) -> Any:
-            swapped = nullcontext() if compiled is None else compiled.swapped(static, cache.layers)
-            with cache.decode_through(static), _without_padding_check(self._model), swapped:
+            with ExitStack() as stack:
+                stack.enter_context(cache.decode_through(static))
+                stack.enter_context(_without_padding_check(self._model))
+                stack.enter_context(self._linears.switched(learn=compiled is None))
+                stack.enter_context(self._norms.switched())
+                if compiled is not None:
+                    stack.enter_context(compiled.swapped(static, cache.layers))
                 static.reset()
                 return forward(**arguments)
 
@@ -278,8 +286,6 @@ class DecodeGraphs:
         try:
             return decode(self._compiled)
         except Exception as error:
-            assert self._compiled is not None
-            self._compiled.release()
             self._compiled = None
             first = str(error).strip().partition("\n")[0]
             logger.warning(
@@ -340,7 +346,8 @@ class DecodeGraphs:
         if now != self._fingerprint:
             self._kinds.clear()
             self._programs.clear()
-            self._fingerprint = now
+            self._look_at_parts()
+            self._fingerprint = fingerprint(self._model)
         obstacle = _find_model_obstacle(self._model) or _find_obstacle(cache)
         if obstacle is not None:
             raise NotCapturable(obstacle)
@@ -348,6 +355,16 @@ class DecodeGraphs:
         kind = self._kinds.setdefault((specs, cache.deterministic), _Kind())
         self._place = _Place(weakref.ref(cache), kind, addresses, cache.storages[0].spec.device)
         return self._look_at(cache)
+
+    def _look_at_parts(self) -> None:
+        """Find the linears and norms anew, and join neighbours if layers are compiled."""
+        compiled = self._compiled
+        if not (self._linears and self._linears.intact):
+            self._linears = DecodeLinears(self._model.modules(), join=compiled is not None)
+        # Within compiled layers norms are the compiler's.
+        layers = [] if compiled is None else compiled.layers
+        inside = {part for layer in layers for part in layer.modules()}
+        self._norms = DecodeNorms(part for part in self._model.modules() if part not in inside)
 
 
 def _compiled_layers(model: nn.Module) -> CompiledLayers:

@@ -1,0 +1,209 @@
+"""Linears of a model as decode steps compute them.
+
+A product with few rows is bound by reading its weight. It goes through a kernel made for that, and
+projections of the same input (Q, K and V; gate and up) go through it together: a small weight does
+not fill the GPU by itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ..linear.launch import MOST_ROWS, beginning, few_rows_linear, find_obstacle
+
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of neighbours that models apply to one input."""
+
+
+class DecodeLinears:
+    """The plain linears among ``parts``; outside of :meth:`switched` they compute as ever.
+
+    Args:
+        parts: modules; what they hold is not looked at.
+        join: neighbours also share one weight for batches of any size: their parameters become
+            views of it, with the values they have.
+    """
+
+    def __init__(self, parts: Iterable[nn.Module], *, join: bool) -> None:
+        parts = list(dict.fromkeys(parts))
+        groups = [
+            found for part in parts for names in TOGETHER if (found := _neighbours(part, names))
+        ]
+        grouped = {child for children in groups for child in children}
+        groups += [
+            [part]
+            for part in parts
+            if isinstance(part, nn.Linear) and _is_plain(part) and part not in grouped
+        ]
+        self._groups = [
+            group
+            for children in groups
+            if (group := _Group(children, join=join and len(children) > 1)).is_of_use
+        ]
+        self._is_ordered = False
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    @property
+    def intact(self) -> bool:
+        """Whether the weights are still those that were found or made."""
+        return all(group.intact for group in self._groups)
+
+    @contextmanager
+    def switched(self, *, learn: bool = False) -> Iterator[None]:
+        """Within, few rows take the kernel, and neighbours are computed together.
+
+        Args:
+            learn: note which weight is read after which, to ask for it in time from then on.
+        """
+        order: list[_Group] | None = [] if learn and not self._is_ordered else None
+        for group in self._groups:
+            group.order = order
+            group.switch(_DecodeLinear)
+        try:
+            yield
+            if order:
+                for group, after in itertools.pairwise(order):
+                    group.following = beginning(after.weights[0])
+                self._is_ordered = True
+        finally:
+            for group in self._groups:
+                group.order = None
+                group.switch(nn.Linear)
+                group.forget()
+
+    def release(self) -> None:
+        """Give every weight memory of its own again."""
+        for group in self._groups:
+            group.release()
+        self._groups = []
+
+
+class _DecodeLinear(nn.Linear):
+    group: _Group
+    place: int
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        group = self.group
+        is_small = group.takes_few and input.numel() <= MOST_ROWS * self.in_features
+        if group.count == 1 or not (is_small or group.joined is not None):
+            if is_small:
+                return group.compute_few(input)
+            return nn.functional.linear(input, self.weight, self.bias)
+        if group.x is not input:
+            group.left = group.count
+            group.x = input
+            if is_small:
+                group.y = group.compute_few(input)
+            else:
+                assert group.joined is not None
+                group.y = nn.functional.linear(input, group.joined, group.joined_bias)
+        first, last = group.spans[self.place]
+        assert group.y is not None
+        y = group.y[..., first:last]
+        group.left -= 1
+        if group.left == 0:
+            group.forget()
+        return y
+
+
+class _Group:
+    """Linears with the same input, and what was last computed for all of them.
+
+    Attributes:
+        takes_few: the kernel serves them.
+        joined: the weight that they share, if they do.
+        left: how many have not taken their part of ``y`` yet.
+        following: the beginning of the weight that is read next, if that is known.
+        order: where to note that this group was computed.
+    """
+
+    following: torch.Tensor | None = None
+    order: list[_Group] | None = None
+
+    def __init__(self, children: Sequence[nn.Linear], *, join: bool) -> None:
+        self.children = list(children)
+        self.joined: torch.Tensor | None = None
+        self.joined_bias: torch.Tensor | None = None
+        ends = [0]
+        for child in children:
+            ends.append(ends[-1] + child.out_features)
+        self.spans = list(itertools.pairwise(ends))
+        self.count = len(children)
+        if join:
+            self._join()
+        self.weights = [child.weight.detach() for child in children]
+        self.biases = [child.bias.detach() for child in children if child.bias is not None]
+        self.takes_few = all(find_obstacle(child) is None for child in children)
+        self.forget()
+
+    @property
+    def is_of_use(self) -> bool:
+        return self.takes_few or self.joined is not None
+
+    @property
+    def intact(self) -> bool:
+        now = [child.weight for child in self.children]
+        now += [child.bias for child in self.children if child.bias is not None]
+        return [x.data_ptr() for x in now] == [x.data_ptr() for x in self.weights + self.biases]
+
+    def compute_few(self, x: torch.Tensor) -> torch.Tensor:
+        if self.order is not None:
+            self.order.append(self)
+        return few_rows_linear(x, self.weights, self.biases, self.following)
+
+    def forget(self) -> None:
+        self.x: torch.Tensor | None = None
+        self.y: torch.Tensor | None = None
+        self.left = 0
+
+    def release(self) -> None:
+        if self.joined is not None:
+            for child in self.children:
+                for parameter in child.parameters(recurse=False):
+                    parameter.data = parameter.data.clone()
+
+    def switch(self, kind: type[nn.Linear]) -> None:
+        for place, child in enumerate(self.children):
+            child.__class__ = kind
+            for name, value in (("group", self), ("place", place)):
+                if kind is _DecodeLinear:
+                    vars(child)[name] = value
+                else:
+                    vars(child).pop(name, None)
+
+    def _join(self) -> None:
+        with torch.no_grad(), torch.inference_mode(False):
+            self.joined = torch.cat([child.weight for child in self.children])
+            if self.children[0].bias is not None:
+                self.joined_bias = torch.cat([child.bias for child in self.children])
+        for child, (first, last) in zip(self.children, self.spans, strict=True):
+            child.weight.data = self.joined[first:last]
+            if self.joined_bias is not None:
+                child.bias.data = self.joined_bias[first:last]
+
+
+def _is_plain(module: nn.Linear) -> bool:
+    """Whether it is a linear layer that does nothing but its product."""
+    if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
+        return False
+    return not ("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
+
+
+def _neighbours(module: nn.Module, names: Sequence[str]) -> list[nn.Linear] | None:
+    """The children of ``module`` called ``names``, if their products can be one."""
+    children = [module._modules.get(name) for name in names]
+    linears = [child for child in children if isinstance(child, nn.Linear) and _is_plain(child)]
+    if len(linears) != len(names):
+        return None
+    kinds = {
+        (x.in_features, x.weight.dtype, x.weight.device, x.bias is None, x.weight.is_contiguous())
+        for x in linears
+    }
+    return linears if len(kinds) == 1 else None
