@@ -119,7 +119,8 @@ class Step:
         key, device = storage.index_key, storage.spec.device
         if key not in self._write_indices:
             written = [slot for row in self.slots for slot in row]
-            assert all(map(storage.keeps, {slot // storage.block_size for slot in written}))
+            blocks = [slot // storage.block_size for slot in written]
+            assert storage.places is None or not storage.places.lack(blocks)
             slots = storage.index_slots(written)
             source = None
             if min(self.counts, default=0) < self.num_new:

@@ -10,14 +10,17 @@ from .places import BlockPlaces
 from .storage import KVStorage
 from .tree import Branch, BranchTree, Node
 
+PASS_BLOCKS = 4
+"""Blocks that every row has grown by, about, between two passes over the tree."""
+
 
 class WindowHistory:
     """Decides which blocks storages with a window let go, and where branches can still go back to.
 
     A block goes once it lies before the window of every branch that reads it, each at its own tip,
     rows and held ones. A pass over the nodes finds such blocks. It is made only when as many tokens
-    have come as there are branches, and a block's worth in each row: its cost for each new token
-    does not depend on the tree, and what is kept too long is at most that many tokens.
+    have come as there are branches, and PASS_BLOCKS in each row: its cost for each new token does
+    not depend on the tree, and what is kept too long is at most that many tokens.
 
     Args:
         backtrack: tokens that every branch can be taken back by at any time; None for all, in
@@ -37,7 +40,8 @@ class WindowHistory:
         self._new_tokens += num_tokens
 
     def is_due(self, tree: BranchTree) -> bool:
-        return self._new_tokens >= max(len(tree.rows) * tree.block_size, tree.num_branches)
+        worth = PASS_BLOCKS * tree.block_size
+        return self._new_tokens >= max(len(tree.rows) * worth, tree.num_branches)
 
     def forget(self, tree: BranchTree, storages: Sequence[KVStorage]) -> bool:
         """Let go what no branch sees any more; whether there was anything."""
