@@ -4,7 +4,7 @@ DeepSeek-V2-Lite's attention (16 heads, latents of 512 and 64) in a model of two
 weights, float32, on a CPU: one prompt, many branches. Ways: "dynamic" is transformers' own cache
 and attention; "dense" gathers and expands the latents of every branch; "called" expands each shared
 run once, by the layer's own function, as where the projection is quantised or has an adapter;
-"absorbed" expands nothing. Last line: one JSON object.
+"absorbed" expands nothing. Last line: one JSON object. On a GPU: latent_attention.py.
 
     python benchmarks/latents.py [--prompt 1000] [--branches 16] [--steps 12]
 """

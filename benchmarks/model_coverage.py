@@ -692,7 +692,7 @@ def page(report: dict[str, Any]) -> str:
         f"be equal, and logits to {TOLERANCE:g} of the largest; so must those of a model that is",
         "enabled and uses transformers' own cache. Only text: no pictures, no sound. `make models`",
         "writes this page (`benchmarks/model_coverage.py`). On a GPU the fused kernel reads; torch",
-        "reads latents, and for models with an attention of their own.",
+        "reads for models with an attention of their own; latents have a kernel for decode steps.",
         "",
         "| verdict | architectures | meaning |",
         "| :-- | --: | :-- |",

@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import generate_tables, kernel_tables
+from benchmarks import generate_tables, kernel_tables, latent_tables, sampling_tables
 from hf_tree_cache.memory.allocator import PhysicalKVAllocator
 from hf_tree_cache.memory.tree import Branch, BranchTree
 
@@ -124,6 +124,28 @@ def _memory_sentence(memory: dict[str, Any]) -> str:
     if missed:
         text += f" **Targets missed:** {'; '.join(missed)}."
     return textwrap.fill(text, 100, break_on_hyphens=False)
+
+
+def _planning_table(planning: dict[str, Any]) -> str:
+    """Least and median host time of every kind of step, by number of rows."""
+    measured = {(r["path"], r["name"], r["rows"]): r for r in planning["results"]}
+    sizes = sorted({rows for _, _, rows in measured})
+    kinds = list(dict.fromkeys((path, name) for path, name, _ in measured))
+    lines = [
+        "| step | " + " | ".join(f"{rows:,} rows" for rows in sizes) + " | copies |",
+        "| --- |" + " --: |" * (len(sizes) + 1),
+    ]
+    for path, name in kinds:
+        found = [measured[path, name, rows] for rows in sizes]
+        cells = [f"{r['us']['least']:,.0f} ({r['us']['median']:,.0f})" for r in found]
+        lines.append(f"| {name}, {path} | {' | '.join(cells)} | {found[-1]['copies']:.1f} |")
+    about = (
+        "Processor time of the host for a decode step, the model's left out, in µs: the least, in "
+        "brackets the median; and copies to the device (`benchmarks/planning.py`: branches of a "
+        f"prompt of {planning['prompt']:,} tokens with {planning['own_tokens']} or a few less of "
+        f"their own, buffers on {planning['device']}, load average {planning['load_average']})."
+    )
+    return "\n".join([about, "", *lines])
 
 
 def _microseconds(value: float) -> str:
@@ -312,12 +334,16 @@ def _text(x: float, y: float, words: str, kind: str) -> str:
 def pages(root: Path) -> dict[Path, str]:
     """Every file that this script writes, with what belongs into it."""
     results = root / "benchmarks" / "results"
-    cpu, memory, kernel = (load(results, name) for name in ("cpu_generate", "memory", "kernel"))
+    names = ("cpu_generate", "memory", "kernel", "latents", "planning")
+    cpu, memory, kernel, latents, planning = (load(results, name) for name in names)
     cards = load_cards(results)
     readme, docs = root / "README.md", root / "docs" / "benchmarks.md"
     sections = [kernel_tables.docs_text(kernel), _generation(cards)]
+    sections += [_sampling(load(results, "sampling")), _latents(latents)]
     if memory is not None:
         sections.append(f"## Bookkeeping\n\n{_memory_sentence(memory)}")
+    if planning is not None:
+        sections.append(f"## Planning\n\n{_planning_table(planning)}")
     return {
         readme: _filled(readme, results_text(cpu, None, kernel, generate_tables.newest(cards))),
         docs: _filled(docs, "\n\n".join(sections)),
@@ -336,6 +362,32 @@ def _generation(cards: list[dict[str, Any]]) -> str:
     )
     lines = textwrap.wrap(about, 108, break_on_hyphens=False)
     return "\n".join(["## Generation", "", *lines, "", generate_tables.docs_text(cards)])
+
+
+def _sampling(result: dict[str, Any] | None) -> str:
+    about = (
+        "`benchmarks/sampling.py`: next tokens from logits of 128,256 tokens in bf16, µs a call. "
+        "*Ours* draws the token, its log-prob and whether the row is sound; *transformers* is its "
+        "processors, softmax and multinomial as in `generate`, then also with log-probs, against "
+        "which ours is compared. Peaked rows have forty tokens that stand out, flat ones none. "
+        "Before it is timed, what is kept must be what transformers keeps. *Floor*: logits read "
+        "once, noise written once, and read where every token may be drawn, at the speed of a "
+        "linear read."
+    )
+    lines = textwrap.wrap(about, 108, break_on_hyphens=False)
+    return "\n".join(["## Sampling", "", *lines, "", sampling_tables.docs_text(result)])
+
+
+def _latents(result: dict[str, Any] | None) -> str:
+    about = (
+        "`benchmarks/latent_attention.py`: one decode step over the trees above with the attention "
+        "of two DeepSeek models in bf16, µs a layer from queries to the heads' results: in a CUDA "
+        "graph, and in brackets the host's time to launch it without one, which is how decode "
+        "steps over latents run. Every way agrees with float64 first (4e-3 ours, 1e-2 the others). "
+        "*Dense* gathers and expands the latents of every row; *DynamicCache* has them in rows."
+    )
+    lines = textwrap.wrap(about, 108, break_on_hyphens=False)
+    return "\n".join(["## Latents", "", *lines, "", latent_tables.docs_text(result)])
 
 
 def _filled(page: Path, results: str) -> str:

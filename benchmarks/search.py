@@ -1,11 +1,14 @@
 """Search strategies at equal compute: share of puzzles solved against tokens computed, on a CPU.
 
+    python benchmarks/search.py --tuning          on the puzzles that settings were chosen on
     python benchmarks/search.py --out benchmarks/results/search.json
-    python benchmarks/search_report.py        writes docs/search/comparison.md and its figure
+    python benchmarks/search_report.py            writes docs/search/comparison.md and its figure
 
-Held-out Countdown puzzles of four numbers and the small model of examples/puzzle. Each strategy
-runs at several sizes. Counted are all tokens that went through the model, and those of the verifier
-by its size in parameters. Last line: one JSON object.
+Held-out Countdown puzzles of four numbers and the small model of examples/puzzle. A seed is a set
+of puzzles of its own and the randomness of the samples; every strategy gets the same ones, at sizes
+that compute about the same number of tokens. Counted are all tokens that went through the model,
+and those of the verifier by its size in parameters. With ``--out`` every seed is stored when it is
+done, and a run that was stopped goes on behind the last. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +30,10 @@ os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "1000")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from intervals import wilson
 from puzzle import load_model, load_verifier
 from puzzle.judge import Judge
 from puzzle.merge import MergeEqual
-from puzzle.task import answer, check, held_out_puzzles
+from puzzle.task import Puzzle, answer, check, held_out_puzzles
 
 from hf_tree_cache import Sampling, SearchResult, run_search
 from hf_tree_cache.env import environment
@@ -48,6 +50,10 @@ NEW_TOKENS = 96
 TEMPERATURE = 1.0
 ENTROPY = 0.5
 """Threshold of entropy branching, in nats; all 22 symbols alike would have 3.1."""
+TUNING = 200
+"""The first so many puzzles of ``held_out_puzzles(seed=0)`` are for choosing settings."""
+LEVELS = (200, 400, 800)
+"""Tokens a puzzle at which strategies are compared."""
 
 
 Run = Callable[[list[str]], list[SearchResult]]
@@ -56,11 +62,12 @@ Choice = Callable[[SearchResult], str]
 
 @dataclass(frozen=True)
 class Point:
-    """One strategy at one size.
+    """One strategy at one size with one seed.
 
     Attributes:
-        solved: puzzles whose chosen solution makes the target.
-        reached: puzzles of which any complete branch does; what a perfect choice would solve.
+        level: about how many tokens a puzzle it is meant to compute; 0 for one sample.
+        solved: a digit for each puzzle, 1 where the chosen solution makes the target.
+        reached: 1 where any complete branch does; what a perfect choice would solve.
         tokens: computed by the model, a puzzle.
         verifier_tokens: computed by the verifier, a puzzle.
         cost: both, the verifier's weighed by its parameters.
@@ -68,10 +75,11 @@ class Point:
     """
 
     strategy: str
+    level: int
     size: str
-    puzzles: int
-    solved: int
-    reached: int
+    seed: int
+    solved: str
+    reached: str
     tokens: float
     verifier_tokens: float
     cost: float
@@ -79,25 +87,55 @@ class Point:
 
     @property
     def share(self) -> float:
-        return self.solved / self.puzzles
+        return self.solved.count("1") / len(self.solved)
 
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % interval of the share (Wilson 1927)."""
-        return wilson(self.solved, self.puzzles)
+
+@dataclass(frozen=True)
+class Entry:
+    """A strategy at one size, and the ways to choose among its solutions, by name."""
+
+    level: int
+    size: str
+    run: Run
+    choices: dict[str, Choice]
+
+
+def tuning_puzzles(count: int = TUNING) -> list[Puzzle]:
+    """Those that settings may be chosen on."""
+    return held_out_puzzles(count, NUMBERS)
+
+
+def evaluation_puzzles(seeds: int, count: int) -> list[list[Puzzle]]:
+    """``count`` puzzles for each seed from 1 on; no two of them, and none of them and of those for
+    tuning, have the same numbers, whatever the targets.
+    """
+    used = {tuple(sorted(puzzle.numbers)) for puzzle in tuning_puzzles()}
+    sets = []
+    for seed in range(1, seeds + 1):
+        chosen: list[Puzzle] = []
+        for puzzle in held_out_puzzles(4 * count, NUMBERS, seed):
+            numbers = tuple(sorted(puzzle.numbers))
+            if len(chosen) < count and numbers not in used:
+                used.add(numbers)
+                chosen.append(puzzle)
+        if len(chosen) < count:
+            raise ValueError(
+                f"evaluation_puzzles({seeds}, {count}): seed {seed} has {len(chosen)} puzzles of "
+                "numbers that no other has. Ask for fewer."
+            )
+        sets.append(chosen)
+    return sets
 
 
 class Bench:
     """The models, the puzzles, and how a strategy runs on them."""
 
-    def __init__(self, puzzles: int, seed: int = 0, together: int = 50) -> None:
+    def __init__(self, puzzles: Sequence[Puzzle], seed: int = 0) -> None:
         self.model, self.tokenizer = load_model()
         verifier, words = load_verifier()
         self.judge = Judge(verifier, words)
         self.weight = _size(verifier) / _size(self.model)
-        self.puzzles = held_out_puzzles(puzzles, NUMBERS)
-        self.seed = seed
-        self.together = together
+        self.puzzles, self.seed = puzzles, seed
 
     def policy(self, policy: Any, *, score: Any = None, greedy: bool = False) -> Run:
         """Runs a policy of the library."""
@@ -136,34 +174,32 @@ class Bench:
 
         return run
 
-    def measure(self, size: str, run: Run, choices: dict[str, Choice]) -> list[Point]:
+    def measure(self, entry: Entry) -> list[Point]:
         """One run; a point for every way to choose among its solutions."""
-        solved = dict.fromkeys(choices, 0)
-        reached = tokens = 0
         self.judge.tokens = 0
         started = time.perf_counter()
-        for first in range(0, len(self.puzzles), self.together):
-            part = self.puzzles[first : first + self.together]
-            results = run([puzzle.prompt for puzzle in part])
-            tokens += results[0].cost.tokens_computed
-            for puzzle, result in zip(part, results, strict=True):
-                reached += any(check(puzzle, found.text).solved for found in result.solutions)
-                for name, choose in choices.items():
-                    solved[name] += check(puzzle, choose(result)).solved
+        results = entry.run([puzzle.prompt for puzzle in self.puzzles])
         seconds, count = time.perf_counter() - started, len(self.puzzles)
+        tokens, judged = results[0].cost.tokens_computed, self.judge.tokens
+        pairs = list(zip(self.puzzles, results, strict=True))
+        reached = _digits(
+            any(check(puzzle, found.text).solved for found in result.solutions)
+            for puzzle, result in pairs
+        )
         return [
             Point(
                 strategy=name,
-                size=size,
-                puzzles=count,
-                solved=hits,
+                level=entry.level,
+                size=entry.size,
+                seed=self.seed,
+                solved=_digits(check(puzzle, choose(result)).solved for puzzle, result in pairs),
                 reached=reached,
                 tokens=round(tokens / count, 1),
-                verifier_tokens=round(self.judge.tokens / count, 1),
-                cost=round((tokens + self.weight * self.judge.tokens) / count, 1),
+                verifier_tokens=round(judged / count, 1),
+                cost=round((tokens + self.weight * judged) / count, 1),
                 seconds=round(seconds, 1),
             )
-            for name, hits in solved.items()
+            for name, choose in entry.choices.items()
         ]
 
     def _options(self) -> dict[str, Any]:
@@ -191,12 +227,18 @@ def by_vote(result: SearchResult) -> str:
     return "" if node is None else result.search.nodes[node].text
 
 
-def strategies(bench: Bench) -> list[tuple[str, Run, dict[str, Choice]]]:
-    """Size, run, and how to choose among its solutions, by name of the strategy."""
-    greedy = bench.policy(SelfConsistency(1), greedy=True)
-    points = [
-        ("1", greedy, {"greedy": by_policy}),
-        ("1", bench.policy(SelfConsistency(1)), {"single sample": by_policy}),
+def by_check(result: SearchResult) -> str:
+    """A solution that makes the target, if there is one."""
+    puzzle = Puzzle.parse(result.search.question)
+    return next((f.text for f in result.solutions if check(puzzle, f.text).solved), "")
+
+
+def strategies(bench: Bench) -> list[Entry]:
+    """Every strategy at sizes that compute about as many tokens as `LEVELS` say."""
+    one = SelfConsistency(1)
+    entries = [
+        Entry(0, "1", bench.policy(one, greedy=True), {"greedy": by_policy}),
+        Entry(0, "1", bench.policy(one), {"single sample": by_policy}),
     ]
     # The same samples, chosen from in three ways.
     samples = {
@@ -204,60 +246,84 @@ def strategies(bench: Bench) -> list[tuple[str, Run, dict[str, Choice]]]:
         "best of n, log-prob": by_logprob,
         "best of n, checker": by_policy,
     }
-    for n in (4, 16, 64):
-        points.append((f"{n}", bench.policy(BestOfN(n), score=bench.judge), samples))
-    for width, expand in ((1, 4), (2, 4), (4, 4), (8, 4), (16, 4)):
-        size = f"{width} × {expand}"
-        beam = bench.guided(StepBeam(width, expand, NUMBERS))
-        points.append((size, beam, {"step beam": by_policy}))
-        if width > 1:
-            dvts = bench.guided(StepBeam(width, expand, NUMBERS, diverse=True))
-            points.append((size, dvts, {"DVTS": by_policy}))
-    for simulations, children in ((4, 4), (8, 4), (16, 8), (32, 16)):
-        mcts = bench.guided(MCTS(simulations, children, good_enough=1.0, max_steps=NUMBERS))
-        points.append((f"{simulations}, {children} children", mcts, {"MCTS": by_policy}))
-    for propose, keep in ((4, 1), (6, 2), (8, 4), (8, 8)):
-        thoughts = bench.guided(TreeOfThoughts(propose, keep, max_steps=NUMBERS))
-        points.append((f"{propose}, keep {keep}", thoughts, {"tree of thoughts": by_policy}))
-    for branches in (4, 16, 64):
-        run = bench.entropy(ENTROPY, branches)
-        points.append((f"{branches}", run, {"entropy branching": by_policy}))
-    return points
+    forks = {"entropy branching": by_vote, "entropy branching, checker": by_check}
+
+    def guided(level: int, name: str, size: str, policy: Any) -> Entry:
+        return Entry(level, size, bench.guided(policy), {name: by_policy})
+
+    for level, n in zip(LEVELS, (5, 12, 31), strict=True):
+        entries.append(Entry(level, f"{n}", bench.policy(BestOfN(n), score=bench.judge), samples))
+    for level, (width, expand) in zip(LEVELS, ((2, 3), (4, 4), (11, 4)), strict=True):
+        beam = StepBeam(width, expand, NUMBERS)
+        entries.append(guided(level, "step beam", f"{width} × {expand}", beam))
+    for level, (width, expand) in zip(LEVELS, ((2, 3), (5, 4), (20, 4)), strict=True):
+        dvts = StepBeam(width, expand, NUMBERS, diverse=True)
+        entries.append(guided(level, "DVTS", f"{width} × {expand}", dvts))
+    for level, (simulations, children) in zip(LEVELS, ((8, 3), (16, 8), (44, 16)), strict=True):
+        mcts = MCTS(simulations, children, good_enough=1.0, max_steps=NUMBERS)
+        entries.append(guided(level, "MCTS", f"{simulations}, {children} children", mcts))
+    for level, (propose, keep) in zip(LEVELS, ((5, 2), (8, 5), (12, 12)), strict=True):
+        thoughts = TreeOfThoughts(propose, keep, max_steps=NUMBERS)
+        entries.append(guided(level, "tree of thoughts", f"{propose}, keep {keep}", thoughts))
+    for level, branches in zip(LEVELS, (4, 10, 45), strict=True):
+        entries.append(Entry(level, f"{branches}", bench.entropy(ENTROPY, branches), forks))
+    return entries
 
 
 def _size(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def main(argv: Sequence[str] | None = None) -> list[Point]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--puzzles", type=int, default=200)
-    parser.add_argument("--only", default="", help="strategies whose name contains this")
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args(argv)
-    bench = Bench(arguments.puzzles)
-    print(
-        f"{'strategy':22}{'size':>12}{'solved':>8}{'95 %':>12}{'reached':>9}{'tokens':>9}{'s':>7}"
-    )
+def _digits(hits: Iterable[bool]) -> str:
+    return "".join("1" if hit else "0" for hit in hits)
+
+
+def run_seed(bench: Bench, only: str = "") -> list[Point]:
+    """All strategies whose name contains ``only``, printed as they end."""
     points = []
-    for size, run, choices in strategies(bench):
-        wanted = {name: choose for name, choose in choices.items() if arguments.only in name}
-        for point in bench.measure(size, run, wanted) if wanted else ():
+    for entry in strategies(bench):
+        if not any(only in name for name in entry.choices):
+            continue
+        for point in bench.measure(entry):
             points.append(point)
-            low, high = point.interval
             print(
-                f"{point.strategy:22}{size:>12}{point.share:>8.0%}{f'{low:.0%}-{high:.0%}':>12}"
-                f"{point.reached / point.puzzles:>9.0%}{point.cost:>9,.0f}{point.seconds:>7.1f}",
+                f"{point.seed:>4}  {point.strategy:28}{point.size:>16}{point.share:>8.0%}"
+                f"{point.cost:>9,.0f}{point.seconds:>7.1f}",
                 flush=True,
             )
-    report = {
-        "environment": environment(),
-        "verifier_weight": round(bench.weight, 4),
-        "temperature": TEMPERATURE,
-        "points": [asdict(point) for point in points],
-    }
-    if arguments.out:
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return points
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--puzzles", type=int, default=25, help="for each seed")
+    parser.add_argument("--only", default="", help="strategies whose name contains this")
+    parser.add_argument("--tuning", action="store_true", help="on the tuning puzzles, seed 0")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args(argv)
+    if arguments.tuning:
+        sets = {0: tuning_puzzles(arguments.puzzles)}
+    else:
+        sets = dict(enumerate(evaluation_puzzles(arguments.seeds, arguments.puzzles), 1))
+    points: list[dict[str, Any]] = []
+    if arguments.out and arguments.out.exists():
+        points = json.loads(arguments.out.read_text(encoding="utf-8"))["points"]
+    report: dict[str, Any] = {}
+    print(f"seed  {'strategy':28}{'size':>16}{'solved':>8}{'tokens':>9}{'s':>7}")
+    for seed, puzzles in sets.items():
+        if any(point["seed"] == seed for point in points):
+            continue
+        bench = Bench(puzzles, seed)
+        points += [asdict(point) for point in run_seed(bench, arguments.only)]
+        report = {
+            "environment": environment(),
+            "verifier_weight": round(bench.weight, 4),
+            "temperature": TEMPERATURE,
+            "points": points,
+        }
+        if arguments.out:
+            arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report))
     return points
 

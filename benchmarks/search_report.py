@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 from io import StringIO
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -33,35 +35,94 @@ COLORS = {
     "MCTS": "#6d4bc0",
     "tree of thoughts": "#c11574",
     "entropy branching": "#475467",
+    "entropy branching, checker": "#5d7a1f",
 }
-MARKERS = "osD^vP*XhH"
+MARKERS = "osD^vP*XhH<"
+BESIDE = "best of n, checker"
+"""What the others are compared with, on the same puzzles."""
+
+
+def group(points: list[dict[str, Any]]) -> dict[tuple[int, str], list[dict[str, Any]]]:
+    """The points of all seeds, by level and strategy; levels first, then as they were measured."""
+    grouped: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for point in sorted(points, key=lambda point: (point["level"], point["seed"])):
+        grouped.setdefault((point["level"], point["strategy"]), []).append(point)
+    return grouped
+
+
+def outcomes(points: list[dict[str, Any]]) -> list[list[int]]:
+    """1 or 0 for each puzzle of each seed."""
+    return [[int(digit) for digit in point["solved"]] for point in points]
+
+
+def mean(values: list[list[int]]) -> float:
+    return fmean(value for seed in values for value in seed)
+
+
+def interval(values: list[list[int]], rounds: int = 2_000) -> tuple[float, float]:
+    """95 % interval of the mean: seeds are resampled, and the puzzles of each.
+
+    Wilson's of all puzzles where every value is 0, or every one is 1.
+    """
+    flat = [value for seed in values for value in seed]
+    if set(flat) in ({0}, {1}):
+        return wilson(sum(flat), len(flat))
+    rng = random.Random(0)
+    means = sorted(
+        mean([rng.choices(seed, k=len(seed)) for seed in rng.choices(values, k=len(values))])
+        for _ in range(rounds)
+    )
+    return means[round(0.025 * rounds)], means[round(0.975 * rounds) - 1]
 
 
 def table(report: dict[str, Any]) -> str:
-    """All points, in the order in which they were measured, strategies together."""
+    """A row for every strategy at every level, all seeds together."""
     lines = [
-        "| strategy | size | solved, 95 % | reached | tokens, model + verifier | cost | s |",
-        "| :-- | --: | --: | --: | --: | --: | --: |",
+        "| strategy | size | tokens, model + verifier | cost | solved, 95 % | by seed "
+        f"| more than {BESIDE}, 95 % | reached |",
+        "| :-- | --: | --: | --: | --: | --: | --: | --: |",
     ]
-    points = report["points"]
-    for name in dict.fromkeys(point["strategy"] for point in points):
-        for point in points:
-            if point["strategy"] != name:
-                continue
-            count = point["puzzles"]
-            low, high = wilson(point["solved"], count)
+    grouped = group(report["points"])
+    level = None
+    for (at, name), points in grouped.items():
+        if at != level:
+            level = at
             lines.append(
-                f"| {name} | {point['size']} | {point['solved'] / count:.1%} "
-                f"({low:.0%} to {high:.0%}) | {point['reached'] / count:.1%} "
-                f"| {point['tokens']:,.0f} + {point['verifier_tokens']:,.0f} "
-                f"| {point['cost']:,.0f} | {point['seconds']:,.0f} |"
+                f"| **about {at} tokens** | | | | | | | |"
+                if at
+                else "| **one sample** | | | | | | | |"
             )
+        values = outcomes(points)
+        low, high = interval(values)
+        by_seed = ", ".join(f"{100 * fmean(seed):.0f}" for seed in values)
+        beside = ""
+        if at and name != BESIDE:
+            base = outcomes(grouped[at, BESIDE])
+            gains = [
+                [a - b for a, b in zip(*pair, strict=True)]
+                for pair in zip(values, base, strict=True)
+            ]
+            worst, best = interval(gains)
+            beside = f"{100 * mean(gains):+.0f} ({100 * worst:+.0f} to {100 * best:+.0f})"
+        tokens, judged, cost = (
+            fmean(point[key] for point in points) for key in ("tokens", "verifier_tokens", "cost")
+        )
+        reached = fmean(int(digit) for point in points for digit in point["reached"])
+        lines.append(
+            f"| {name} | {points[0]['size']} | {tokens:,.0f} + {judged:,.0f} | {cost:,.0f} "
+            f"| {mean(values):.0%} ({low:.0%} to {high:.0%}) | {by_seed} | {beside} "
+            f"| {reached:.0%} |"
+        )
     where = report["environment"]
-    count = points[0]["puzzles"]
+    first = next(iter(grouped.values()))
+    seeds, count = len(first), len(first[0]["solved"])
+    seconds = sum({(p["seed"], p["level"], p["size"], p["cost"]): p["seconds"]
+                   for p in report["points"]}.values())  # fmt: skip
     lines += [
         "",
-        f"{count} held-out puzzles of four numbers, temperature {report['temperature']:g}, one "
-        f"seed, float32, {where['cpu_count']} CPU cores, torch {where['torch']}, transformers "
+        f"{seeds} seeds of {count} held-out puzzles of four numbers, temperature "
+        f"{report['temperature']:g}, float32, {where['cpu_count']} CPU cores that other work "
+        f"shared, {seconds / 60:.0f} minutes in all, torch {where['torch']}, transformers "
         f"{where['transformers']}. A token of the verifier costs {report['verifier_weight']:.2f} "
         "of one of the model.",
     ]
@@ -81,11 +142,13 @@ def draw(report: dict[str, Any]) -> str:
     settings = {"svg.hashsalt": "search", "svg.fonttype": "none", "font.size": 9}
     with matplotlib.rc_context(settings):
         figure, axes = pyplot.subplots(figsize=(8.5, 4.8), layout="constrained")
+        grouped = group(report["points"])
         for marker, (name, color) in zip(MARKERS, COLORS.items(), strict=True):
-            points = [point for point in report["points"] if point["strategy"] == name]
-            costs = [point["cost"] for point in points]
-            shares = [100 * point["solved"] / point["puzzles"] for point in points]
-            ends = [wilson(point["solved"], point["puzzles"]) for point in points]
+            found = [points for (_, strategy), points in grouped.items() if strategy == name]
+            costs = [fmean(point["cost"] for point in points) for points in found]
+            values = [outcomes(points) for points in found]
+            shares = [100 * mean(each) for each in values]
+            ends = [interval(each) for each in values]
             below = [share - 100 * low for share, (low, _) in zip(shares, ends, strict=True)]
             above = [100 * high - share for share, (_, high) in zip(shares, ends, strict=True)]
             axes.errorbar(
@@ -96,7 +159,7 @@ def draw(report: dict[str, Any]) -> str:
                  ylabel="puzzles solved, %", ylim=(0, 100))  # fmt: skip
         axes.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
         axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-        axes.set_xticks([50, 100, 200, 500, 1000, 2000])
+        axes.set_xticks([50, 100, 200, 400, 800])
         axes.grid(True, which="major", linewidth=0.4)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
         drawn = StringIO()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Callable
 
 import torch
@@ -60,7 +61,8 @@ def build(name: str, block_size: int = 16, *, seed: int | None = 0) -> BranchTre
         places = list(range(tree.allocator.num_blocks))
         random.Random(seed).shuffle(places)
         for node in tree.nodes():
-            node.blocks[:] = [places[block] for block in node.blocks]
+            node.blocks = array("i", [places[block] for block in node.blocks])
+        tree.set_rows(tree.rows)  # what is known of growing rows is void
     return tree
 
 

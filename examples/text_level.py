@@ -1,25 +1,31 @@
 """Step beam search twice: text re-sent to stock generate at every step, and over a tree of K/V.
 
     python examples/text_level.py [--prompt-tokens 500] [--width 4] [--expand 4] [--steps 6]
-    python examples/text_level.py --shape 8b --prompt-tokens 8000         random weights, on a GPU
+    python examples/text_level.py --shape 8b       random weights, on a GPU
 
 The text-level way is what a search on top of an inference API does: it keeps strings, and after
 every step it sends those that stay, question and all, again. Both ways carry out the same policy,
 `StepBeam` by mean log-prob, and both are greedy: the i-th continuation of a beam begins with its
-i-th likeliest token. So they propose the same candidates, and differ in what they compute. Each
-way runs in a process of its own, so that its peak memory is its own.
+i-th likeliest token. So they propose the same candidates, and differ in what they compute.
+
+On a CPU each way runs in a process of its own, so that its peak memory is its own. On a GPU both
+run in this one: first to count tokens, then again to be timed, when everything is warm. The random
+weights are made so that each word has clear successors (`clear_successors`): with ties, two ways to
+compute the same part by rounding, and propose different candidates. Last line: one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +41,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from hf_tree_cache.env import environment
 from hf_tree_cache.generation.options import Sampling
 from hf_tree_cache.search.policy import Action, Expand, Finish, Prune, Score, SearchTree
 from hf_tree_cache.search.step_beam import StepBeam
@@ -53,6 +60,10 @@ The answer is 29.
 QUESTION = """\
 Question: Sam picks 12 apples and 15 pears, and eats 4 of them. How many pieces of fruit are left?
 """
+DEFAULTS = {
+    "smollm2": {"prompt_tokens": 500, "steps": 6, "step_tokens": 32},
+    "8b": {"prompt_tokens": 4000, "steps": 4, "step_tokens": 16},
+}
 STOP = "Question:"
 """Behind its answer the model asks the next question; the solution is complete then."""
 
@@ -218,11 +229,34 @@ def load(shape: str) -> tuple[Any, Any]:
         from weights import load_smollm2
 
         return load_smollm2()
+    if not torch.cuda.is_available():
+        sys.exit("--shape 8b needs a CUDA GPU with 50 GB; torch sees none.")
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
     from shapes import build
 
     model = build("8B")
+    clear_successors(model)
     return model, words(model.config.vocab_size)
+
+
+@torch.no_grad()
+def clear_successors(model: Any, ranks: int = 8) -> None:
+    """Make random weights prefer ``ranks`` words behind each word, one clearly over the next.
+
+    The head looks for the embeddings of the words some places before. How sure the model is differs
+    from word to word, so that the scores of candidates lie apart, too.
+    """
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    generator = torch.Generator().manual_seed(1)
+    # Larger than what all layers add, but not so large that they do not matter.
+    embedding.normal_(0, 16)
+    head.zero_()
+    for rank in range(ranks):
+        shift = int(torch.randint(1, len(embedding), (), generator=generator))
+        head.add_(embedding.roll(shift, 0), alpha=12 * 0.75**rank / (16 * embedding.shape[1]))
+    # A part that all words share and the head does not look for: the more of it, the less sure.
+    doubt = 32 * torch.rand(len(embedding), 1, generator=generator)
+    embedding.add_(doubt.to(embedding.device, embedding.dtype))
 
 
 def words(size: int) -> Any:
@@ -246,23 +280,60 @@ def search(way: str, work: Work) -> Found:
     """Search one way, in this process, and measure it."""
     model, tokenizer = load(work.shape)
     question = question_of(work, tokenizer)
-    seen: list[int] = []
     run_once(way, replace(work, steps=1, step_tokens=2), model, tokenizer, question[:200])
+    weights = memory_mb(reset=True)
+    with counted_tokens(model) as seen:
+        found = measure(way, work, model, tokenizer, question, weights)
+    return replace(found, tokens=sum(seen))
+
+
+def search_warm(work: Work, model: Any, tokenizer: Any) -> tuple[Found, Found]:
+    """Both ways one after the other in this process, each counted first and then timed."""
+    question = question_of(work, tokenizer)
+    weights = memory_mb(reset=True)
+    both = []
+    # The count needs a hook, with which no decode step becomes a CUDA graph: one more to warm up.
+    for way, warm_up in (("text", 0), ("tree", 1)):
+        with counted_tokens(model) as seen:
+            runs = [measure(way, work, model, tokenizer, question, weights)]
+        runs += [
+            measure(way, work, model, tokenizer, question, weights) for _ in range(warm_up + 1)
+        ]
+        said = ", ".join(f"{run.seconds:.2f}" for run in runs)
+        print(f"{way}: {said} s; the last counts", flush=True)
+        both.append(replace(runs[-1], tokens=sum(seen)))
+    return both[0], both[1]
+
+
+@contextmanager
+def counted_tokens(model: Any) -> Iterator[list[int]]:
+    """Positions that go through ``model``, padding included, a number for each forward."""
+    seen: list[int] = []
     handle = model.get_input_embeddings().register_forward_pre_hook(
         lambda module, args: seen.append(args[0].numel())
     )
-    before = memory_mb(reset=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def measure(
+    way: str, work: Work, model: Any, tokenizer: Any, question: str, weights_mb: float
+) -> Found:
+    """One run, timed; its memory is above ``weights_mb``, its tokens are not counted."""
+    gc.collect()
+    memory_mb(reset=True)
     start = time.perf_counter()
-    found = run_once(way, work, model, tokenizer, question)
-    seconds = time.perf_counter() - start
-    handle.remove()
-    steps = found.nodes[1:]
+    steps = run_once(way, work, model, tokenizer, question).nodes[1:]
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return Found(
         candidates=[node.text for node in steps],
         scores=[node.score or 0.0 for node in steps],
-        tokens=sum(seen),
-        seconds=seconds,
-        memory_mb=memory_mb() - before,
+        tokens=0,
+        seconds=time.perf_counter() - start,
+        memory_mb=memory_mb() - weights_mb,
     )
 
 
@@ -288,6 +359,7 @@ def memory_mb(reset: bool = False) -> float:
     """Peak memory of this process so far: of the GPU if there is one, else of the process."""
     if torch.cuda.is_available():
         if reset:
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated() / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
@@ -301,6 +373,11 @@ def in_its_own_process(way: str, work: Work) -> Found:
     return Found(**json.loads(done.stdout.splitlines()[-1]))
 
 
+def num_same(text: Found, tree: Found) -> int:
+    """Candidates that both ways proposed, one by one."""
+    return sum(a == b for a, b in zip(text.candidates, tree.candidates, strict=False))
+
+
 def report(text: Found, tree: Found) -> str:
     """Both ways side by side."""
     lines = [f"{'':34}{'text level':>14}{'tree':>14}{'':>10}"]
@@ -312,31 +389,49 @@ def report(text: Found, tree: Found) -> str:
         a, b = getattr(text, field), getattr(tree, field)
         ratio = f"{a / b:.1f} ×" if b > 0 else ""
         lines.append(f"{name:34}{a:>14{form}}{b:>14{form}}{ratio:>10}")
-    pairs = zip(text.candidates, tree.candidates, strict=False)
-    same = sum(a == b for a, b in pairs)
     total = max(len(text.candidates), len(tree.candidates))
-    lines.append(f"{same} of {total} candidates are the same, one by one")
+    lines.append(f"{num_same(text, tree)} of {total} candidates are the same, one by one")
     return "\n".join(lines)
+
+
+def as_json(work: Work, text: Found, tree: Found) -> str:
+    """Both ways in one line, without the texts."""
+    said: dict[str, Any] = {"environment": environment(), "work": asdict(work)}
+    for way, found in (("text", text), ("tree", tree)):
+        figures = asdict(found)
+        del figures["candidates"], figures["scores"]
+        said[way] = {name: round(value, 3) for name, value in figures.items()}
+    said["candidates"] = {
+        "text": len(text.candidates),
+        "tree": len(tree.candidates),
+        "same": num_same(text, tree),
+    }
+    return json.dumps(said)
 
 
 def main(argv: Sequence[str] | None = None) -> tuple[Found, Found]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=("smollm2", "8b"), default="smollm2")
-    parser.add_argument("--prompt-tokens", type=int, default=500)
+    parser.add_argument("--shape", choices=sorted(DEFAULTS), default="smollm2")
+    parser.add_argument("--prompt-tokens", type=int)
     parser.add_argument("--width", type=int, default=4)
     parser.add_argument("--expand", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--step-tokens", type=int, default=32, help="at most, of one step")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--step-tokens", type=int, help="at most, of one step")
     parser.add_argument("--way", choices=("text", "tree"), help=argparse.SUPPRESS)
     arguments = vars(parser.parse_args(argv))
     way = arguments.pop("way")
-    work = Work(**arguments)
+    given = {name: value for name, value in arguments.items() if value is not None}
+    work = Work(**{**DEFAULTS[arguments["shape"]], **given})
     if way is not None:
         print(json.dumps(asdict(search(way, work))))
         sys.exit()
     print(f"{work}", flush=True)
-    text, tree = (in_its_own_process(way, work) for way in ("text", "tree"))
+    if work.shape == "8b":
+        text, tree = search_warm(work, *load(work.shape))
+    else:
+        text, tree = (in_its_own_process(way, work) for way in ("text", "tree"))
     print(report(text, tree))
+    print(as_json(work, text, tree))
     return text, tree
 
 

@@ -19,14 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from kernel_calls import Call, Family, append, call_over, grow, make_call
-from test_linear import CASES, TOLERANCE, draw, error_of
+from test_forward import CASES, TOLERANCE, draw, error_of, error_of_norm, error_of_rotary
 from trees import SHAPES, ShadowTree
 from triton import knobs
 
 from hf_tree_cache.attention.dispatch import run_tree_attention
 from hf_tree_cache.attention.plan import Window
 from hf_tree_cache.attention.tiles import Tiles, TileSet
-from hf_tree_cache.linear.launch import few_rows_linear
+from hf_tree_cache.forward.linear import few_rows_linear
 
 WINDOWS = [None, None, Window("sliding", 7), Window("chunked", 8), Window("sliding", 100)]
 FP16_FACTOR = 4.0
@@ -155,8 +155,8 @@ def run_dispatch() -> list[str]:
     return [text for text in wrong if text is not None]
 
 
-def run_linear() -> list[str]:
-    """Few rows through linear layers."""
+def run_forward() -> list[str]:
+    """Few rows through linear layers, norms and rotary embeddings."""
     wrong = []
     for rows, widths, size in CASES:
         for bias in (False, True):
@@ -164,6 +164,9 @@ def run_linear() -> list[str]:
             error = error_of(few_rows_linear(*inputs), *inputs)
             if not error < FP16_FACTOR * TOLERANCE[torch.float16]:
                 wrong.append(f"{rows} rows, {widths} of {size}, bias {bias}: off by {error:.1e}")
+    for error in (error_of_norm, error_of_rotary):
+        if not error(torch.float16, "cpu") < FP16_FACTOR * TOLERANCE[torch.float16]:
+            wrong.append(f"{error.__name__}: {error(torch.float16, 'cpu'):.1e}")
     return wrong
 
 
@@ -177,7 +180,7 @@ def main(num_trees: int) -> None:
         for seed in range(num_trees)
     ]
     jobs += [("advance", run_advance), ("blanks", run_blanks), ("dispatch", run_dispatch)]
-    jobs.append(("linear", run_linear))
+    jobs.append(("forward", run_forward))
     for name, job in jobs:
         try:
             failures += [f"{name}: {text}" for text in job()]

@@ -12,6 +12,8 @@ pytest.importorskip("triton")
 
 import cases
 import kernel
+import latent_attention
+import latent_tables
 import workloads
 
 from hf_tree_cache.env import COMMIT_VARIABLE, environment
@@ -118,3 +120,34 @@ def test_a_copy_without_history_names_the_commit_that_it_was_told(
 ) -> None:
     monkeypatch.setenv(COMMIT_VARIABLE, "0123abc")
     assert environment()["commit"] == "0123abc"
+
+
+def test_all_ways_over_latents_are_the_same_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        workloads.WORKLOADS, "small", lambda tree: workloads.prompt_with_branches(tree, 700, 3, 70)
+    )
+    case = latent_attention.Case.of("small", 2, "cpu", num_layers=2)
+    assert case.unique_bytes() == (700 + 3 * 70) * 2 * (512 + 64)
+    ways = {
+        "absorbed": case.ours(True),
+        "absorbed, torch": case.ours(True, "torch"),
+        "expanded once": case.ours(False),
+        "dense": case.dense(),
+        "DynamicCache": case.dynamic(),
+    }
+    assert set(ways) == set(latent_attention.TOLERANCE)
+    for layer in range(2):
+        want = case.exact(layer)
+        for way, run in ways.items():
+            error = latent_attention.error_of(run(layer), want)
+            assert error < latent_attention.TOLERANCE[way], (way, error)
+    assert latent_attention.error_of(ways["absorbed"](0), want) > 0.1  # layers differ
+
+
+def test_the_table_of_latents_says_what_failed() -> None:
+    row = {"model": "m", "tree": "W2", "unique_bytes": 2e6, "read_us": 1.0, "floor_us": 2.5}
+    row["ways"] = {"ours": {"us": 1234.4, "host_us": 56.0}, "dense": {"failed": "does not fit"}}
+    limits = {"read_tb_per_s": 3.0, "matmul_tflops": 700.0}
+    result = {"rows": [row], "ceilings": limits, "environment": {"torch": "2"}}
+    last = latent_tables.docs_text(result).splitlines()[-1]
+    assert last == "| m | W2 | 2 | 1.0 | 2.5 | 1,234 (56) | does not fit |"

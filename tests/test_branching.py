@@ -395,3 +395,22 @@ def test_a_model_with_an_encoder_branches_too():
             encoder_outputs=(encoded.last_hidden_state[:1],),
         ).logits  # fmt: skip
         assert logits.isfinite().all() and prompt in (0, 1)
+
+
+@pytest.mark.parametrize("output_scores", [False, True])
+def test_who_stops_by_scores_asks_for_them_as_in_generate(llama, output_scores):
+    seen = []
+
+    class Watch(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            seen.append(scores)
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    options = dict(top_k=5, top_p=0.9, do_sample=True, eos_token_id=None, max_new_tokens=4)
+    stock = generate(llama, custom_generate=None, **options)
+    options |= dict(output_scores=output_scores, stopping_criteria=[Watch()])
+    assert torch.equal(generate(llama, **options).sequences, stock)
+    if output_scores:
+        assert all(((scores > -torch.inf).sum(1) <= 5).all() for scores in seen)
+    else:
+        assert seen == [None] * 4

@@ -21,7 +21,6 @@ from hf_tree_cache import (
 )
 from hf_tree_cache.generation.decide import decide
 from hf_tree_cache.generation.processors import Fork, Prune
-from hf_tree_cache.generation.sampling import choose_tokens
 
 
 def batch(lengths, logprobs=None, prompts=None, branches=None) -> BranchBatch:
@@ -176,35 +175,3 @@ def test_actions_need_a_loop_and_a_row_that_exists():
         processor.prune(1)
     with pytest.raises(InvalidArgument, match="at least 1"):
         processor.fork(0, 0)
-
-
-def test_without_groups_tokens_are_drawn_as_generate_draws_them():
-    scores = torch.randn(5, 11)
-    torch.manual_seed(1)
-    expected = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
-    torch.manual_seed(1)
-    assert torch.equal(choose_tokens(scores, True), expected)
-    assert torch.equal(choose_tokens(scores, False), scores.argmax(-1))
-
-
-def test_a_greedy_group_takes_the_best_tokens_in_turn():
-    scores = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).expand(4, 4)
-    assert choose_tokens(scores, False, [[0, 2, 3]]).tolist() == [1, 1, 2, 3]
-
-
-def test_a_sampled_group_has_different_tokens_in_proportion_to_their_probability():
-    scores = torch.tensor([0.6, 0.3, 0.1]).log().expand(2, 3)
-    counts = torch.zeros(3, 3)
-    for _ in range(3000):
-        first, second = choose_tokens(scores, True, [[0, 1]]).tolist()
-        assert first != second
-        counts[first, second] += 1
-    expected = torch.tensor(
-        [[0, 0.45, 0.15], [0.3 * 0.6 / 0.7, 0, 0.3 * 0.1 / 0.7], [1 / 15, 1 / 30, 0]]
-    )
-    assert (counts / 3000 - expected).abs().max() < 0.04
-
-
-def test_a_group_wider_than_what_is_possible_repeats_the_first():
-    scores = torch.tensor([[0.0, 1.0, -torch.inf]]).expand(4, 3)
-    assert choose_tokens(scores, False, [[0, 1, 2, 3]]).tolist()[:3] == [1, 0, 1]

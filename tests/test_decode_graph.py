@@ -91,6 +91,36 @@ def test_the_fingerprint_of_a_model_changes_with_what_a_graph_relies_on():
         before = after
 
 
+class Wrapper(torch.Tensor):
+    """Like a quantised weight or a DTensor: the numbers are in another tensor."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner):
+        wrapper = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        wrapper.inner, wrapper.scheme = inner, "not a tensor"
+        return wrapper
+
+    def __tensor_flatten__(self):
+        return ["inner", "scheme"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        assert func is torch.ops.aten.detach.default
+        return cls(args[0].inner)
+
+
+def test_the_fingerprint_sees_through_wrapped_weights():
+    model = torch.nn.Linear(4, 4, bias=False)
+    model.weight = torch.nn.Parameter(Wrapper(torch.ones(4, 4)), requires_grad=False)
+    before = fingerprint(model)
+    assert fingerprint(model) == before
+    old, model.weight.inner = model.weight.inner, torch.ones(4, 4)
+    assert old.data_ptr() != model.weight.inner.data_ptr()
+    assert fingerprint(model) != before
+
+
 def test_hooks_within_the_model_are_found():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     model.register_forward_hook(lambda *_: None)

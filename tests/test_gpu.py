@@ -55,7 +55,9 @@ def test_generate_equals_the_default_cache(name, mode):
     with enable_tree_attention(model):
         ours = run(model, inputs, past_key_values=cache, **MODES[mode])
     cache.check_integrity()
-    assert set(cache.dense_reads) <= set(TINY[name].dense)
+    # Falcon calls torch's attention itself, which is put together from products for one query only.
+    others = {"read outside of tree attention"} if name == "falcon" else set()
+    assert set(cache.dense_reads) <= {*TINY[name].dense, *(others if "chunked" in mode else ())}
     assert ours.sequences.tolist() == theirs.sequences.tolist()
     difference = (torch.stack(ours.logits) - torch.stack(theirs.logits)).abs().max()
     assert difference < (1e-3 if TINY[name].states else 1e-4)

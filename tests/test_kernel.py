@@ -455,7 +455,7 @@ def device_events(function: Any) -> list[str]:
 # The profiler warns about the machine that it finds.
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.usefixtures("compiled")
-def test_each_layer_is_one_launch_and_a_plan_is_uploaded_once() -> None:
+def test_each_layer_is_one_launch_and_a_plan_is_brought_up_to_date_once() -> None:
     call = family_call(ANY_KERNEL[0], 1)
 
     def attend(now: Call, layer: int = 1) -> None:
@@ -475,9 +475,10 @@ def test_each_layer_is_one_launch_and_a_plan_is_uploaded_once() -> None:
     others = device_events(attend_often)
     assert others == ["tree_attention_kernel"] * 4, others
     assert first.count("tree_attention_kernel") == 1
+    # Lengths count on by themselves: nothing is sent but where a block is full.
     uploads = [name for name in first if "HtoD" in name]
-    assert 1 <= len(uploads) <= 4, first
-    assert len(first) <= 1 + len(uploads) + 2, first
+    assert len(uploads) <= 3, first
+    assert len(first) <= 1 + len(uploads) + 3, first
 
 
 # Captured in a CUDA graph.

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
+import subprocess
+import sys
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,7 +63,7 @@ def test_absorbed_and_expanded_are_the_reference(
     q, storage, plan = random_call(3, shape, num_new)
     expansion = make_expansion(3)
     call = (q, storage, 0, plan, expansion)
-    want, want_lse = tree_attention_latents(*call, scale=0.3, reference=True, **options)
+    want, want_lse = tree_attention_latents(*call, scale=0.3, backend="reference", **options)
     assert want.shape == (len(q), 3, num_new, V_DIM)
     for absorbs in (True, False):
         monkeypatch.setattr(Expansion, "absorbs", lambda *_, absorbs=absorbs: absorbs)
@@ -290,3 +295,85 @@ def test_no_gradient_is_lost_in_silence(deepseek: Any) -> None:
         logits = deepseek(ids[:, :1], past_key_values=cache).logits
         with pytest.raises(UnsupportedModel, match="backward through a TreeCache"):
             logits.sum().backward()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Triton")
+def test_the_kernel_in_the_interpreter() -> None:
+    script = Path(__file__).with_name("interpreted_latents.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["agrees"]
+
+
+@pytest.mark.parametrize("arch, heads, tile", [(90, 128, 64), (80, 16, 16)])
+def test_the_kernel_compiles_and_fits(arch: int, heads: int, tile: int) -> None:
+    """For DeepSeek's sizes, without a GPU; its tiles need what `tile_bytes` says at most."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from hf_tree_cache.attention import latent_launch
+    from hf_tree_cache.attention.latent_kernel import latent_kernel
+
+    sizes = {"H": heads, "R": 512, "P": 64, "S": 16, "M": tile, "KV": latent_launch.KV}
+    sizes |= {"STAGES": latent_launch.STAGES, "PRECISION": "ieee"}
+    names = latent_kernel.arg_names
+    kinds = ["*bf16"] * 3 + ["*fp32"] * 2 + ["*i32"] * 3 + ["i32", "fp32"]
+    signature = dict(zip(names, kinds, strict=False)) | dict.fromkeys(sizes, "constexpr")
+    constants = {(names.index(name),): size for name, size in sizes.items()}
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(8)}
+    source = ASTSource(latent_kernel, signature, constants, aligned)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = triton.compile(
+            source, GPUTarget("cuda", arch, 32), {"num_warps": 8, "num_stages": 2}
+        )
+    spec = KVSpec(1, 512, 64, torch.bfloat16, torch.device("cpu"))
+    assert made.metadata.shared <= latent_launch.tile_bytes(spec) <= (227 << 10)
+    assert ("wgmma" in made.asm["ptx"]) == (arch == 90)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("heads", [16, 32, 128])
+def test_the_kernel_on_a_gpu(heads: int, dtype: torch.dtype) -> None:
+    from interpreted_latents import check
+
+    for prompt, tails in ((2000, [40, 1, 16, 300]), (33, [700, 5]), (9000, [1] * 20)):
+        error = check(16, prompt, tails, heads, 512, rotary=64, dtype=dtype, device="cuda")
+        assert error < (3e-3 if dtype == torch.bfloat16 else 1e-3)
+
+
+@pytest.mark.gpu
+def test_decoding_with_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose latents the kernel serves, as near to float32 as transformers' own cache."""
+    launch = pytest.importorskip("hf_tree_cache.attention.latent_launch")
+    original, calls = launch.tree_attention_absorbed, []
+    monkeypatch.setattr(
+        launch,
+        "tree_attention_absorbed",
+        lambda *args, **options: calls.append(1) or original(*args, **options),
+    )
+    sizes = {"num_attention_heads": 16, "num_key_value_heads": 16, "hidden_size": 64}
+    sizes |= {"kv_lora_rank": 32, "qk_rope_head_dim": 16}
+    ids = prompts(NAME)["input_ids"][:1].cuda()
+    half = build(NAME, torch.bfloat16, **sizes).cuda()
+    logits = []
+    with torch.no_grad():
+        for each, cache in (
+            (build(NAME, **sizes).cuda(), DynamicCache()),
+            (half, DynamicCache()),
+            (half, TreeCache(poison=True, block_size=16)),
+        ):
+            with enable_tree_attention(each):
+                each(ids[:, :30], past_key_values=cache)
+                steps = [
+                    each(ids[:, i : i + 1], past_key_values=cache).logits for i in range(30, 45)
+                ]
+            logits.append(torch.cat(steps, 1).float())
+    assert len(calls) == 15 * half.config.num_hidden_layers and not cache.dense_reads
+    exact, theirs, ours = logits
+    assert (ours - exact).abs().mean() < 1.5 * (theirs - exact).abs().mean()

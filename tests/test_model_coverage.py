@@ -87,6 +87,21 @@ def test_tiny_models_keep_every_kind_of_layer() -> None:
     assert config.vocab_size == coverage.VOCAB
 
 
+def test_a_model_that_cuts_its_input_is_refused_at_its_first_forward(any_warning: None) -> None:
+    result = coverage.evaluate("cpmant")
+    assert result.verdict == "refused"
+    assert result.reason.startswith("UnsupportedModel: CpmAntForCausalLM is given all tokens")
+    assert "use the cache that transformers makes" in result.reason
+
+
+def test_what_is_dense_or_refused_says_why() -> None:
+    for result in REPORT["results"]:
+        if result["verdict"] in ("dense", "refused", "no cache", "not run", "contested"):
+            assert result["reason"], result["name"]
+        if result["verdict"] == "refused":
+            assert "use the cache that transformers makes for it" in result["reason"]
+
+
 def test_an_architecture_that_cannot_run_has_its_reason() -> None:
     result = coverage.evaluate("gemma4_assistant")
     assert (result.verdict, result.reason) == (

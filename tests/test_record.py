@@ -218,6 +218,7 @@ MISUSES = {
     "backtrack to a negative position": (lambda t: t.fork_at(2, -2), "position=-2"),
     "backtrack beyond the end": (lambda t: t.fork_at(2, 10), "at 1 to 9"),
     "backtrack from an unknown node": (lambda t: t.fork_at(9, 3), "no node 9"),
+    "part of an unknown prompt": (lambda t: t.of_prompt(1), r"of_prompt\(prompt=1\).*has 1 prompt"),
     "path of an unknown node": (lambda t: t.path(9), "no node 9"),
     "leaves that are forked": (lambda t: t.leaves("forked"), "'alive', 'finished' or 'pruned'"),
     "leaves in a state that is none": (lambda t: t.leaves("dead"), "state='dead'"),
@@ -249,6 +250,25 @@ def test_json_brings_back_every_node(seed: int, tmp_path: Path) -> None:
         assert back.nodes == tree.nodes
         assert back.roots == tree.roots
     assert GenerationTree.from_dict(tree.to_dict()).nodes == tree.nodes
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_part_of_a_prompt_is_a_tree_of_its_own(seed: int) -> None:
+    tree = random_tree(seed)
+    before = copy.deepcopy(tree.nodes)
+    for prompt, root in enumerate(tree.roots):
+        part, place = tree.of_prompt(prompt)
+        part.check_integrity()
+        assert part.roots == [place[root]]
+        leaves = [leaf for leaf in tree.leaves() if tree.nodes[leaf].prompt == prompt]
+        assert [place[leaf] for leaf in leaves] == part.leaves()
+        for leaf in leaves:
+            assert part.tokens(place[leaf]) == tree.tokens(leaf)
+            assert part.logprobs(place[leaf]) == tree.logprobs(leaf)
+            assert part.nodes[place[leaf]].state == tree.nodes[leaf].state
+        # It is a copy: growing it leaves the whole as it was.
+        part.fork_at(part.leaves()[0], 1)
+    assert tree.nodes == before
 
 
 def test_a_tree_read_back_can_grow_on() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -461,6 +462,58 @@ def test_buffers_that_grow_in_place_say_what_a_list_cut_anew_would(seed: int) ->
         kept += workspace.work is last
         last = workspace.work
     assert kept > case.plan.block_size
+
+
+def test_a_plan_that_was_carried_on_is_the_one_made_of_a_copy_of_the_tree() -> None:
+    """What the tree remembers of its rows changes nothing: plans are a function of the tree."""
+    names = ("items", "tokens", "grows", "blocks", "part_ptr", "part_slots", "tail_room")
+    carried = 0
+    for seed in range(30):
+        case, rng = make_case(seed, num_new=1), random.Random(seed)
+        tree = case.grown.shadow.tree
+        for _ in range(6):
+            rows = list(range(len(tree.rows)))
+            if rng.random() < 0.7:
+                rows = rng.choices(rows, k=rng.randint(1, 9))
+            tree.select(rows)
+            for _ in range(rng.randint(1, 2 * tree.block_size)):
+                carried += tree._paused is not None
+                tree.append([1] * len(rows))
+            again = copy.deepcopy(tree)
+            assert again.grown is None and tree.grown is not None
+            works = [
+                replace(case, plan=build_plan(one, [1] * len(rows), 1)).schedule()
+                for one in (tree, again)
+            ]
+            for name in names:
+                mine, theirs = (getattr(work, name).tolist() for work in works)
+                assert mine == theirs, f"{name}, tree {seed}"
+    assert carried > 100
+
+
+def test_lengths_go_up_on_the_device_alone_while_rows_grow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    buffers = pytest.importorskip("hf_tree_cache.attention.buffers")
+    sent: list[int] = []
+    send = buffers.IntBuffer._send
+
+    def note(this: Any, begin: int, end: int) -> None:
+        sent.append(end - begin)
+        send(this, begin, end)
+
+    monkeypatch.setattr(buffers.IntBuffer, "_send", note)
+    case = replace(make_case(0, num_new=1), window=None)
+    size = case.plan.block_size
+    for i, (workspace, now, _) in enumerate(grow_in_place(case, 3 * size)):
+        grown = now.plan.grown
+        assert grown is not None
+        crossed = ((grown.lengths - 1) % size == 0).any()
+        if not crossed and i:
+            assert not sent, "a step within blocks sends nothing"
+        ends = workspace._ints["lengths"][: now.plan.num_rows].tolist()
+        assert ends == list(now.plan.lengths)
+        sent.clear()
 
 
 def test_growth_ends_where_the_room_of_a_list_does() -> None:

@@ -13,12 +13,14 @@ import reasoning
 import search
 import search_report
 import text_level
+import torch
 from intervals import wilson
 from puzzle import data, train
 from puzzle.judge import Judge
 from puzzle.merge import MergeEqual
 from puzzle.task import Puzzle
 from puzzle.vocabulary import encode
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_tree_cache import Candidate
 from hf_tree_cache.search.best_of_n import BestOfN
@@ -29,7 +31,11 @@ from hf_tree_cache.search.step_beam import StepBeam
 
 @pytest.fixture(scope="module")
 def bench() -> search.Bench:
-    return search.Bench(20)
+    return search.Bench(search.tuning_puzzles(20))
+
+
+def solved(point: search.Point) -> int:
+    return point.solved.count("1")
 
 
 def test_weights_and_verifier_fit_into_12_mb() -> None:
@@ -38,23 +44,64 @@ def test_weights_and_verifier_fit_into_12_mb() -> None:
 
 
 def test_many_samples_and_a_guided_search_solve_more_than_one_sample(bench: search.Bench) -> None:
-    one = bench.policy(SelfConsistency(1))
-    many = bench.policy(BestOfN(8), score=bench.judge)
-    guided = bench.guided(StepBeam(4, 4, max_steps=4))
-    choice = {"": search.by_policy}
-    (single,), (best,), (tree,) = (bench.measure("", run, choice) for run in (one, many, guided))
+    runs = [
+        bench.policy(SelfConsistency(1)),
+        bench.policy(BestOfN(8), score=bench.judge),
+        bench.guided(StepBeam(4, 4, max_steps=4)),
+    ]
+    (single,), (best,), (tree,) = (
+        bench.measure(search.Entry(0, "", run, {"": search.by_policy})) for run in runs
+    )
     assert single.share < 0.4
-    assert best.solved == best.reached >= single.solved + 4
-    assert tree.solved >= single.solved + 4
+    assert best.solved == best.reached and solved(best) >= solved(single) + 4
+    assert solved(tree) >= solved(single) + 4
     assert tree.tokens < 8 * single.tokens and tree.verifier_tokens > 0
 
 
 def test_votes_and_log_probs_choose_among_the_same_samples(bench: search.Bench) -> None:
-    choices = {"vote": search.by_vote, "log-prob": search.by_logprob, "checker": search.by_policy}
-    points = bench.measure("8", bench.policy(BestOfN(8), score=bench.judge), choices)
+    choices = {
+        "vote": search.by_vote,
+        "log-prob": search.by_logprob,
+        "checker": search.by_policy,
+        "any": search.by_check,
+    }
+    run = bench.policy(BestOfN(8), score=bench.judge)
+    points = bench.measure(search.Entry(200, "8", run, choices))
     assert [point.strategy for point in points] == list(choices)
     assert len({(point.reached, point.tokens) for point in points}) == 1
-    assert all(point.solved <= point.reached for point in points)
+    for point in points:
+        pairs = zip(point.solved, point.reached, strict=True)
+        assert all(reached == "1" or hit == "0" for hit, reached in pairs)
+    assert points[2].solved == points[3].solved == points[2].reached
+
+
+def test_puzzles_that_count_have_numbers_that_nothing_was_tuned_on() -> None:
+    sets = search.evaluation_puzzles(3, 25)
+    assert [len(puzzles) for puzzles in sets] == [25] * 3
+    # More seeds leave the first as they are.
+    assert search.evaluation_puzzles(2, 25) == sets[:2]
+    seen = [tuple(sorted(puzzle.numbers)) for puzzles in sets for puzzle in puzzles]
+    tuned = {tuple(sorted(puzzle.numbers)) for puzzle in search.tuning_puzzles()}
+    assert len(set(seen)) == len(seen) and not tuned & set(seen)
+    with pytest.raises(ValueError, match="Ask for fewer"):
+        search.evaluation_puzzles(1, 2_000)
+
+
+def test_a_run_that_was_stopped_goes_on_behind_its_last_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[int] = []
+
+    def run_seed(bench: search.Bench, only: str) -> list[search.Point]:
+        ran.append(bench.seed)
+        return [search.Point("greedy", 0, "1", bench.seed, "01", "11", 60.0, 0.0, 60.0, 1.0)]
+
+    monkeypatch.setattr(search, "run_seed", run_seed)
+    out = tmp_path / "search.json"
+    search.main(["--seeds", "2", "--puzzles", "2", "--out", str(out)])
+    search.main(["--seeds", "3", "--puzzles", "2", "--out", str(out)])
+    assert ran == [1, 2, 3]
+    assert [point["seed"] for point in json.loads(out.read_text())["points"]] == [1, 2, 3]
 
 
 def test_the_verifier_tells_dead_ends_it_was_not_trained_on() -> None:
@@ -120,12 +167,58 @@ def test_the_8b_shape_has_words_that_survive_being_sent_as_text() -> None:
     assert len(words(text_level.question_of(work, words)).input_ids) == 20
 
 
+def test_random_weights_in_bfloat16_propose_the_same_both_ways(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    text_level.clear_successors(model)
+    work = text_level.Work("8b", 20, width=2, expand=3, steps=3, step_tokens=4)
+    text, tree = text_level.search_warm(work, model, text_level.words(300))
+    assert text.candidates == tree.candidates and len(text.candidates) == 3 * 6
+    assert text.scores == pytest.approx(tree.scores, abs=0.02)
+    # The best of three continuations are surer than the others, by more than rounding.
+    assert max(text.scores[:6]) - min(text.scores[:6]) > 0.1
+    # Each round sends every beam again, six rows; the last of four tokens needs no forward.
+    assert text.tokens == sum(6 * (20 + 4 * step) + 6 * 3 for step in range(3))
+    assert tree.tokens < text.tokens / 3
+    assert capsys.readouterr().out.count("the last counts") == 2
+    said = json.loads(text_level.as_json(work, text, tree))
+    assert said["candidates"] == {"text": 18, "tree": 18, "same": 18}
+    assert said["tree"]["tokens"] == tree.tokens
+
+
 def test_the_report_names_what_both_ways_did() -> None:
     text = text_level.Found(["a\n", "b\n"], [0.0, 0.0], tokens=900, seconds=3.0, memory_mb=10.0)
     tree = replace(text, candidates=["a\n", "c\n"], tokens=100, seconds=1.0)
     said = text_level.report(text, tree)
     assert "9.0 ×" in said and "3.0 ×" in said
     assert "1 of 2 candidates are the same" in said
+
+
+def test_intervals_come_from_puzzles_and_from_seeds() -> None:
+    alike = [[1, 0] * 10, [0, 1] * 10, [1, 0] * 10]
+    apart = [[1] * 20, [1, 0] * 10, [0] * 20]
+    low, high = search_report.interval(alike)
+    assert 0.35 < low < 0.5 < high < 0.65
+    # The same share, but it depends on the seed: all of the range is possible.
+    wider = search_report.interval(apart)
+    assert wider[0] < low - 0.2 and wider[1] > high + 0.2
+    # More puzzles of each seed narrow it.
+    many = search_report.interval([values * 10 for values in alike])
+    assert many[1] - many[0] < 0.5 * (high - low)
+    assert search_report.interval([[0, 0], [0, 0]]) == wilson(0, 4)
 
 
 @pytest.mark.parametrize("hits", [0, 1, 7, 20])

@@ -306,6 +306,17 @@ def test_the_climb_goes_on_from_the_best_and_ends_with_it(tuner: Any) -> None:
     assert "does not fit" in tuner.describe(left_out, Tiles())
 
 
+def test_the_climb_begins_nothing_when_its_time_is_up(tuner: Any) -> None:
+    asked = []
+
+    def measure(tiles: Tiles) -> Any:
+        asked.append(tiles)
+        return tuner.Trial(tiles, (1.0,), "")
+
+    (trial,) = tuner.climb("mixed", Tiles(), [tuner.LARGE_STEPS, tuner.WARPS], measure, -1.0)
+    assert asked == [Tiles()] and trial.tiles == Tiles()
+
+
 def test_the_tuner_keeps_what_is_fastest(
     tuner: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

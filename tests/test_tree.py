@@ -22,7 +22,7 @@ def grown(*lengths: int, block_size: int = 4, max_blocks: int | None = None) -> 
 
 
 def spans(tree: BranchTree, branch: Branch) -> list[tuple[int, int, list[int]]]:
-    return [(node.start, node.end, node.blocks) for node in tree.path(branch)]
+    return [(node.start, node.end, list(node.blocks)) for node in tree.path(branch)]
 
 
 def blocks_in_use(shadow: ShadowTree) -> int:
@@ -614,3 +614,63 @@ def test_integrity_notices_damage() -> None:
     assert "should have been freed" in damage(
         lambda tree, a, b: tree.path(a)[0].children.discard(tree.tips()[1])
     )
+
+
+def test_rows_that_grow_together_cost_work_only_where_a_block_is_full() -> None:
+    shadow = grown(5, 8, 7)
+    tree = shadow.tree
+    tips, version = tree.tips(), tree.topology_version
+    shadow.append([1, 1, 1])
+    bases = [tip._base for tip in tips]
+    for step in range(9):
+        before = [len(tip.blocks) for tip in tips]
+        full = [tip.end % 4 == 0 for tip in tips]
+        shadow.append([1, 1, 1])
+        assert [tip._base for tip in tips] == bases, "only the clock moves"
+        assert [len(tip.blocks) - n for tip, n in zip(tips, before, strict=True)] == full, step
+        shadow.check()
+    assert tree.topology_version == version
+    assert tree.row_lengths() == [15, 18, 17]
+
+
+def test_what_a_step_knows_of_its_rows_stays_when_they_grow_on() -> None:
+    shadow = grown(3, 4)
+    shadow.append([1, 1])
+    first = shadow.tree.grown
+    assert first is not None
+    slots = first.slots.tolist()
+    for _ in range(6):
+        shadow.append([1, 1])
+    now = shadow.tree.grown
+    assert now is not None and now != first
+    assert (first.slots.tolist(), first.lengths.tolist()) == (slots, [4, 5])
+    assert now.lengths.tolist() == [10, 11]
+
+
+def test_held_rows_stand_still_while_the_others_grow() -> None:
+    shadow = grown(6)
+    shadow.select([0, 0, 0])
+    shadow.append([1, 1, 1])
+    a, b, c = shadow.rows
+    tree = shadow.tree
+    tree.set_rows([c, a])
+    for _ in range(5):
+        shadow.append([1, 1])
+        shadow.check()
+    assert [tree.length(branch) for branch in (a, b, c)] == [12, 7, 12]
+    tree.set_rows([b, a])
+    for _ in range(5):
+        shadow.append([1, 1])
+        shadow.check()
+    assert [tree.length(branch) for branch in (a, b, c)] == [17, 12, 12]
+
+
+def test_an_append_without_room_leaves_rows_that_grew_together_as_they_were() -> None:
+    shadow = grown(4, 3, max_blocks=3)
+    shadow.append([1, 1])
+    shadow.select([1, 0])
+    state, version = shadow.tree.to_state(), shadow.tree.topology_version
+    with pytest.raises(OutOfBlocks):
+        shadow.tree.append([1, 1])
+    assert (shadow.tree.to_state(), shadow.tree.topology_version) == (state, version)
+    shadow.check()

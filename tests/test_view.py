@@ -277,6 +277,17 @@ def test_html_is_well_formed_bounded_and_needs_nothing_from_outside(shape: str) 
     assert html == tree._repr_html_()
 
 
+def test_without_its_style_html_shows_the_text_alone() -> None:
+    tree = small_tree()
+    html = tree.to_html()
+    plain = re.search(r'<pre class="plain">(.*?)</pre>', html, re.DOTALL)
+    assert plain is not None and unescape(plain[1]) == tree.to_text()
+    assert html.count('<div class="view" hidden style="display:none">') == 1
+    # The style turns both around; bootstrap and Jupyter hide what is hidden with force.
+    assert ".htc>.plain{display:none!important}" in html
+    assert ".htc>.view{display:block!important}" in html
+
+
 @pytest.mark.parametrize("shape", ["a chain of 2000", "a comb of 2000", "a star of 1000"])
 def test_html_draws_each_node_once(shape: str) -> None:
     html = SHAPES[shape]().to_html()
@@ -335,7 +346,8 @@ def test_bytes_that_are_no_character_do_not_swallow_the_rest() -> None:
     grow(tree, tree.open_branch(tree.add_prompt([65])), b"\xff" * 40 + b"end")
     text = Page(tree.to_html()).all_text()
     assert "end" in text
-    assert text.count("\ufffd") == 40
+    # In the view, and in the text that stands in for it.
+    assert text.count("\ufffd") == 2 * 40
 
 
 def test_a_long_node_shows_its_first_and_last_tokens() -> None:

@@ -25,6 +25,10 @@ class IntBuffer:
         """On the device, at an address that changes only in :meth:`ensure`."""
         return self._views[name]
 
+    def span(self, first: str, last: str) -> torch.Tensor:
+        """On the device, the stretches from ``first`` to ``last`` as one."""
+        return self._buffer[self._spans[first].start : self._spans[last].stop]
+
     def host(self, name: str) -> npt.NDArray[np.int32]:
         return self._mirror[self._spans[name]]
 

@@ -37,13 +37,16 @@ def _accumulate(
     b_v,  # [KV, DV]
     b_acc,  # [M, DV] float32
     b_max,  # [M] running maximum of the scores, or the fixed pivot, times log2(e)
-    b_sum,  # [M] running sum; [M, KV] of all tiles where warps share a row
+    b_sum,  # [M] running sum
+    b_norm,  # [M, ONES] the same of weights as the product rounds them
+    b_ones,  # [KV, ONES]
     m_seen,  # [M, KV]
     qk_scale,
     cap_scale,
     MASKED: tl.constexpr,
     BLIND: tl.constexpr,  # a query may see nothing of a tile, and nothing before it
     FIXED: tl.constexpr,
+    ROUNDED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -53,10 +56,10 @@ def _accumulate(
         b_p = tl.math.exp2(b_s * qk_scale - b_max[:, None])
         if MASKED:
             b_p = tl.where(m_seen, b_p, 0.0)
-        # As they are rounded for the product, so that weights add up to 1: the largest is not
-        # exact, as it is relative to a maximum.
-        b_p = b_p.to(b_v.dtype)
-        b_sum += b_p.to(tl.float32) if len(b_sum.shape) == 2 else tl.sum(b_p.to(tl.float32), 1)
+        b_sum += tl.sum(b_p, 1)
+        if ROUNDED:
+            # As the product has them: the largest is not exact, as it is relative to a maximum.
+            b_norm = tl.dot(b_p.to(b_v.dtype), b_ones, b_norm)
     else:
         if MASKED:
             b_s = tl.where(m_seen, b_s, float("-inf"))
@@ -70,7 +73,7 @@ def _accumulate(
         b_acc = b_acc * b_decay[:, None]
         b_max = b_new
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
-    return b_acc, b_max, b_sum
+    return b_acc, b_max, b_sum, b_norm
 
 
 @triton.jit
@@ -110,14 +113,17 @@ def _attend(
     """Softmax over a run of blocks: sums of values [M, DV], maximum [M], sum of weights [M]."""
     PER_TILE: tl.constexpr = KV // S if KV > S else 1  # blocks of a tile
     PER_BLOCK: tl.constexpr = S // KV if S > KV else 1  # tiles of a block
-    SHARED_ROWS: tl.constexpr = FIXED and M < 64  # several warps have a part of each row
+    ONES: tl.constexpr = 16  # the narrowest product
+    ROUNDED: tl.constexpr = FIXED and p_v.dtype.element_ty == tl.bfloat16
     o_t = tl.arange(0, KV)
     o_dk = tl.arange(0, DKP)
     o_dv = tl.arange(0, DVP)
     o_k = (o_t % S)[:, None] * (HKV * DK) + i_head * DK + o_dk[None, :]  # [KV, DKP]
     o_v = (o_t % S)[:, None] * (HKV * DV) + i_head * DV + o_dv[None, :]  # [KV, DVP]
     b_acc = tl.zeros([M, DVP], tl.float32)
-    b_sum = tl.zeros([M, KV] if SHARED_ROWS else [M], tl.float32)
+    b_sum = tl.zeros([M], tl.float32)
+    b_norm = tl.zeros([M, ONES], tl.float32)
+    b_ones = tl.full([KV, ONES], 1.0, p_v.dtype.element_ty)
     if PEEL:
         # Tokens that all queries see: no masks.
         num_plain = num_full // KV
@@ -138,9 +144,9 @@ def _attend(
                 b_v = tl.load(p_v + (o_bv[:, None] + o_v))
             else:
                 b_v = tl.load(p_v + (o_bv[:, None] + o_v), mask=(o_dv < DV)[None, :], other=0.0)
-            b_acc, b_max, b_sum = _accumulate(
-                b_q, b_k, b_v, b_acc, b_max, b_sum, None, qk_scale, cap_scale,
-                False, False, FIXED, SOFTCAP, PRECISION,
+            b_acc, b_max, b_sum, b_norm = _accumulate(
+                b_q, b_k, b_v, b_acc, b_max, b_sum, b_norm, b_ones, None, qk_scale, cap_scale,
+                False, False, FIXED, ROUNDED, SOFTCAP, PRECISION,
             )  # fmt: skip
             b_id = b_next
             b_id_v = b_next_v
@@ -168,14 +174,15 @@ def _attend(
         m_seen = o_token[None, :] < b_limit[:, None]
         if WINDOW != 0:
             m_seen = m_seen & (o_token[None, :] >= b_lower[:, None])
-        b_acc, b_max, b_sum = _accumulate(
-            b_q, b_k, b_v, b_acc, b_max, b_sum, m_seen, qk_scale, cap_scale,
-            True, WINDOW != 0, FIXED, SOFTCAP, PRECISION,
+        b_acc, b_max, b_sum, b_norm = _accumulate(
+            b_q, b_k, b_v, b_acc, b_max, b_sum, b_norm, b_ones, m_seen, qk_scale, cap_scale,
+            True, WINDOW != 0, FIXED, ROUNDED, SOFTCAP, PRECISION,
         )  # fmt: skip
         b_id = b_next
         b_id_v = b_next_v
-    if SHARED_ROWS:
-        b_sum = tl.sum(b_sum, 1)
+    if ROUNDED:
+        b_all = tl.max(b_norm, 1)  # of equals
+        b_acc = b_acc * tl.where(b_all == 0, 0.0, b_sum / b_all)[:, None]
     return b_acc, b_max, b_sum
 
 
@@ -560,7 +567,7 @@ def tree_attention_kernel(
                 p_arrived, i_query_small, b_limit_small, b_id_small, i_head, i_list, start,
                 num_queries, i_slot, num_full, num_tokens, num_new, stride_qb, stride_qh,
                 stride_qt, v_list, qk_scale, cap_scale, window, HKV, G, DK, DV, DKP, DVP, S,
-                M_SMALL, KV_SMALL, STAGES_SMALL, False, WINDOW, FIXED, SOFTCAP, SINKS, SPLIT_LIST,
+                M_SMALL, KV_SMALL, STAGES_SMALL, False, WINDOW, False, SOFTCAP, SINKS, SPLIT_LIST,
                 PRECISION, MERGES,
             )  # fmt: skip
         elif LARGE and kind == 1:

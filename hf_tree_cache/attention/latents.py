@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..memory.storage import KVReader, KVSpec, SlabIndex
+from ..memory.storage import KVReader, KVSpec, KVStorage, SlabIndex
 from .plan import TreeAttentionPlan, Window
 from .reference import tree_attention_reference
 from .torch_backend import tree_attention_torch
@@ -41,11 +41,15 @@ class Expansion:
         """Whether products with the latents are fewer than expanding each run and tail once."""
         if self.weight is None:
             return False
-        rank, rotary, both = spec.k_head_dim, spec.v_head_dim, self.k_dim + self.v_dim
-        pairs = plan.num_new * sum(plan.lengths)
-        absorbed = pairs * 2 * (rank + rotary) + plan.num_rows * plan.num_new * rank * both
-        expanded = pairs * (both + rotary) + plan.tokens_read() * rank * both
-        return absorbed < expanded
+        key = "absorbs", spec, self.k_dim, self.v_dim
+        if key not in plan.scratch:
+            rank, rotary, both = spec.k_head_dim, spec.v_head_dim, self.k_dim + self.v_dim
+            pairs = plan.num_new * sum(plan.lengths)
+            absorbed = pairs * 2 * (rank + rotary) + plan.num_rows * plan.num_new * rank * both
+            expanded = pairs * (both + rotary) + plan.tokens_read() * rank * both
+            plan.scratch[key] = absorbed < expanded
+        absorbs: bool = plan.scratch[key]
+        return absorbs
 
 
 def tree_attention_latents(
@@ -59,7 +63,7 @@ def tree_attention_latents(
     window: Window | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
-    reference: bool = False,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`~.reference.tree_attention_reference`, over latents that are stored as K and V.
 
@@ -71,11 +75,13 @@ def tree_attention_latents(
         q: ``[B, H, T, N + P]``.
         storage: holds latents ``[.., 1, R]`` as K and rotary parts ``[.., 1, P]`` as V.
         expansion: of this layer.
-        reference: expand, and attend with the oracle.
+        backend: "reference" expands, and attends with the oracle; "torch" does without the kernel
+            that "auto" takes for decode steps on a GPU, where it serves them.
 
     Returns:
         ``out [B, H, T, Dv]`` and ``lse [B, H, T]``.
     """
+    reference = backend == "reference"
     attend = tree_attention_reference if reference else tree_attention_torch
     weight = expansion.weight
     if reference or weight is None or not expansion.absorbs(storage.spec, plan):
@@ -86,11 +92,33 @@ def tree_attention_latents(
     for_k, for_v = weight.split([expansion.k_dim, expansion.v_dim], 1)
     nope, rotary = q.split([expansion.k_dim, storage.spec.v_head_dim], 3)
     q = torch.cat([torch.einsum("bhtn,hnr->bhtr", nope, for_k), rotary], 3)
+    kernel = None
+    if window is None and softcap is None and sinks is None:
+        kernel = _find_kernel(backend, q, storage, plan)
+    if kernel is not None:
+        out, lse = kernel(q, storage, layer, plan, scale=scale)
+        return torch.einsum("bhtr,hdr->bhtd", out, for_v), lse
     out, lse = attend(
         q, _Joined(storage), layer, plan, scale=scale, window=window, softcap=softcap, sinks=sinks
     )
     latent = out[..., : storage.spec.k_head_dim]
     return torch.einsum("bhtr,hdr->bhtd", latent, for_v), lse
+
+
+def _find_kernel(
+    backend: str, q: torch.Tensor, storage: KVReader, plan: TreeAttentionPlan
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+    """The kernel over latents; None where torch has to do."""
+    if backend == "torch" or not (q.is_cuda or backend == "triton"):
+        return None
+    if not isinstance(storage, KVStorage):
+        return None
+    try:
+        # Triton is optional, and slow to import.
+        from .latent_launch import serves, tree_attention_absorbed
+    except ImportError:
+        return None
+    return tree_attention_absorbed if serves(q, storage, plan) else None
 
 
 class _View:
@@ -128,17 +156,22 @@ class _View:
 
 
 class _Joined(_View):
-    """K is ``[.., 1, R + P]``, and so is V, whose last P nobody wants: equal dims are fast."""
+    """K is ``[.., 1, R + P]`` and V its first R.
+
+    On a CPU, where equal dims are fast, V is all of K, and nobody wants its last P.
+    """
 
     def __init__(self, storage: KVReader) -> None:
-        width = storage.spec.k_head_dim + storage.spec.v_head_dim
-        super().__init__(storage, replace(storage.spec, k_head_dim=width, v_head_dim=width))
+        rank = storage.spec.k_head_dim
+        width = rank + storage.spec.v_head_dim
+        self._v_dim = width if storage.spec.device.type == "cpu" else rank
+        super().__init__(storage, replace(storage.spec, k_head_dim=width, v_head_dim=self._v_dim))
 
     def _make(
         self, latents: torch.Tensor, rotary: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         both = torch.cat([latents, rotary], -1)
-        return both, both
+        return both, both[..., : self._v_dim]
 
 
 class _Expanded(_View):

@@ -15,7 +15,7 @@ import torch
 from triton import knobs
 
 from ..memory.storage import KVSpec, KVStorage
-from ..memory.tree import BranchTree
+from ..memory.tree import Grown
 from .buffers import IntBuffer, rounded
 from .kernel import tree_attention_kernel
 from .plan import TreeAttentionPlan, Window
@@ -68,14 +68,15 @@ class _PlanMark:
     """What a workspace remembers of the plan that it was prepared for."""
 
     plan: weakref.ref[TreeAttentionPlan]
-    tree: weakref.ref[BranchTree]
-    topology_version: int
-    steady: bool  # one new token in every row
+    growth: object | None  # the mark of its rows, if they grow together
+    tokens: int  # of their clock
 
     @classmethod
     def of(cls, plan: TreeAttentionPlan) -> _PlanMark:
-        steady = plan.num_new == 1 and all(plan.counts)
-        return cls(weakref.ref(plan), weakref.ref(plan.tree), plan.topology_version, steady)
+        grown = plan.grown if plan.num_new == 1 else None
+        if grown is None:
+            return cls(weakref.ref(plan), None, 0)
+        return cls(weakref.ref(plan), grown.growth.mark, grown.tokens)
 
 
 class Workspace:
@@ -105,7 +106,7 @@ class Workspace:
         self.grid: int | None = None
         self._last: _PlanMark | None = None
         self._index_key: tuple[Any, ...] = ()
-        self._lengths: npt.NDArray[np.int64] = np.zeros(0, np.int64)
+        self._begun = self._room = 0  # of the clock, at the last rebuild, and as far as it may run
         tiles = key.tiles or find_tiles(key)
         self._set = TileSet(
             *(replace(t, deterministic=key.deterministic) for t in (tiles.mixed, tiles.small))
@@ -126,19 +127,25 @@ class Workspace:
         """
         if self._last is not None and self._last.plan() is plan:
             return
-        if not self._grow(plan, storage):
+        now, last = _PlanMark.of(plan), self._last
+        steps = now.tokens - last.tokens if last is not None else 0
+        same = last is not None and now.growth is not None and now.growth is last.growth
+        if same and 0 <= steps <= plan.block_size and now.tokens <= self._room:
+            assert plan.grown is not None
+            self._grow(plan.grown, steps, storage)
+        else:
             self._rebuild(plan, storage)
         if reset:
             self.reset()
-        self._last, self._lengths = _PlanMark.of(plan), np.array(plan.lengths, np.int64)
+        self._last = now
 
     def advance(self) -> None:
         """Every row has one token more, in blocks that are known: nothing but device work.
 
         Can be captured. The host's plan stays behind until the next :meth:`prepare`.
         """
-        self._ints["lengths"].add_(1)
-        self._ints["tokens"].add_(self._ints["grows"])
+        now, _, each = self._growing
+        now.add_(each)
         self.reset()
 
     def reset(self) -> None:
@@ -249,52 +256,32 @@ class Workspace:
         shape = self.work.num_items, FIELDS + 2 * width + first
         return self._ints.host("items")[: shape[0] * shape[1]].reshape(shape)
 
-    def _grow(self, plan: TreeAttentionPlan, storage: KVStorage) -> bool:
-        """Bring the buffers up to date if rows only grew, by as much each; whether it could."""
-        now, last, work = _PlanMark.of(plan), self._last, self.work
-        if last is None or work is None or plan.tree is not last.tree():
-            return False
-        if now.topology_version != last.topology_version or not (now.steady and last.steady):
-            return False
-        lengths = np.array(plan.lengths, np.int64)
-        grown = int(lengths[0] - self._lengths[0])
-        steady = bool(
-            (lengths - self._lengths == grown).all() and (lengths <= work.tail_room).all()
-        )
-        if grown < 0 or not steady:
-            return False
-        ints, size = self._ints, plan.block_size
-        before, after = -(-self._lengths // size), -(-lengths // size)
-        rows = np.flatnonzero(after > before)
+    def _grow(self, grown: Grown, steps: int, storage: KVStorage) -> None:
+        """Bring the buffers up to date after rows grew by ``steps`` tokens each."""
+        work, ints, size = self.work, self._ints, storage.block_size
+        assert work is not None
+        rows = grown.rows_with_new_blocks(grown.tokens - steps)
         if len(rows):
-            tips = plan.tree.tips()
-            row_of = np.repeat(rows, after[rows] - before[rows])
-            block_of = np.concatenate([np.arange(before[row], after[row]) for row in rows])
-            blocks = [
-                tips[row].blocks[block - tips[row].start // size]
-                for row, block in zip(row_of.tolist(), block_of.tolist(), strict=True)
-            ]
-            places = work.tail_base[row_of] + block_of
-            work.blocks[places] = blocks
-            numbers = self._put_numbers(storage, places, np.array(blocks))
+            places = work.tail_base[rows] + (grown.growth.base[rows] + grown.tokens - 1) // size
+            work.blocks[places] = grown.blocks[rows]
+            numbers = self._put_numbers(storage, places, grown.blocks[rows])
             half = ints.capacity("list") // 2
             for offset in (0, half) if self._split else (0,):
                 ints.send_part("list", int(places.min()) + offset, int(places.max()) + 1 + offset)
             # Records hold the first numbers of their items.
-            items = work.tail_item[row_of]
+            items = work.tail_item[rows]
             offsets = places - work.items[items, 1]
-            records = self._records(storage.block_size)
+            records = self._records(size)
             early = offsets < records.shape[1] - work.items.shape[1]
-            records[items[early], work.items.shape[1] + offsets[early]] = numbers[early]
-            ints.send("items", "items")
+            if early.any():
+                records[items[early], work.items.shape[1] + offsets[early]] = numbers[early]
+                ints.send("items", "items")
         if storage.index_key != self._index_key:
             # Blocks before the window were let go: their places may be written anew.
             self._put_all_numbers(storage)
             ints.send("list", "items")
-        ints.host("lengths")[: len(lengths)] = lengths
-        ints.host("tokens")[: work.num_items] += grown * work.grows
-        ints.send("lengths", "tokens")
-        return True
+        now, then, each = self._growing
+        torch.add(then, each, alpha=grown.tokens - self._begun, out=now)
 
     def _rebuild(self, plan: TreeAttentionPlan, storage: KVStorage) -> None:
         plan.check_fresh()
@@ -317,6 +304,9 @@ class Workspace:
             sizes=2,
             lengths=plan.num_rows,
             tokens=num_items,
+            lengths_then=plan.num_rows,
+            tokens_then=num_items,
+            steps=plan.num_rows,
             grows=num_items,
             part_ptr=num_queries + 1,
             part_slots=work.num_slots,
@@ -332,9 +322,21 @@ class Workspace:
             moved = True
         self.generation += moved
         ints = self._ints
+        # Lengths, and tokens of items that grow: now, at this rebuild, and what a step adds.
+        self._growing = (
+            ints.span("lengths", "tokens"),
+            ints.span("lengths_then", "tokens_then"),
+            ints.span("steps", "grows"),
+        )
         ints.host("sizes")[:2] = num_items, work.num_work
-        ints.host("lengths")[: plan.num_rows] = plan.lengths
-        ints.host("tokens")[:num_items] = work.tokens
+        ends = plan.ends
+        self._begun = 0 if plan.grown is None else plan.grown.tokens
+        self._room = self._begun + work.room_after(ends)
+        for name, values in (("lengths", ends), ("tokens", work.tokens)):
+            ints.host(name)[: len(values)] = values
+            ints.host(name + "_then")[: len(values)] = values
+        ints.host("steps")[:] = 0
+        ints.host("steps")[: plan.num_rows] = 1
         ints.host("grows")[:] = 0
         ints.host("grows")[:num_items] = work.grows
         ints.host("part_ptr")[: num_queries + 1] = work.part_ptr
@@ -349,14 +351,14 @@ class Workspace:
         return self.key.spec.k_head_dim != self.key.spec.v_head_dim
 
     def _put_numbers(
-        self, storage: KVStorage, places: npt.NDArray[np.int64], blocks: npt.NDArray[Any]
+        self, storage: KVStorage, places: npt.NDArray[np.int64] | slice, blocks: npt.NDArray[Any]
     ) -> npt.NDArray[np.int32]:
         """Write the numbers of ``blocks`` to ``places`` of the list on the host; those of K."""
         taken, v_numbers = storage.numbers_of(blocks)
         numbers = self._ints.host("list")
         numbers[places] = taken
         if self._split:
-            numbers[places + len(numbers) // 2] = v_numbers
+            numbers[len(numbers) // 2 :][places] = v_numbers
         return taken
 
     def _put_all_numbers(self, storage: KVStorage) -> None:
@@ -364,7 +366,7 @@ class Workspace:
         work = self.work
         assert work is not None
         width, first = self._record_shape(storage.block_size)
-        numbers = self._put_numbers(storage, np.arange(len(work.blocks)), work.blocks)
+        numbers = self._put_numbers(storage, slice(len(work.blocks)), work.blocks)
         records = self._records(storage.block_size)
         records[:, FIELDS + 2 * width :] = numbers[work.items[:, 1:2] + np.arange(first)]
         self._index_key = storage.index_key

@@ -7,8 +7,10 @@ that leaves earlier has a limit. :mod:`.schedule` cuts them into the kernel's it
 
 from __future__ import annotations
 
+from array import array
+from collections import defaultdict
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -44,7 +46,7 @@ class Segments:
         member_query: row * T + column.
         member_limit: tokens of the segment that the member sees at most.
         member_own: tokens of the segment up to the member's own, now.
-        member_lower: tokens of the segment before the member's window.
+        member_lower: tokens of the segment before the member's window; None without windows.
     """
 
     blocks: Ints
@@ -58,7 +60,7 @@ class Segments:
     member_query: Longs
     member_limit: Longs
     member_own: Longs
-    member_lower: Longs
+    member_lower: Longs | None
 
 
 def find_segments(
@@ -80,10 +82,12 @@ def fixed_chunk(block_size: int) -> int:
     return -(-FIXED_CHUNK // block_size) * block_size
 
 
-def ramps(widths: Longs) -> Longs:
-    """0 .. w - 1 for each of ``widths``, one after the other."""
-    ends = np.cumsum(widths)
-    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - widths, widths)
+def spread(widths: Longs) -> tuple[Longs, Longs]:
+    """i, ``widths[i]`` times, for each i; and 0 .. ``widths[i]`` - 1 beside it."""
+    index = np.repeat(np.arange(len(widths)), widths)
+    ramp = np.arange(len(index))
+    ramp -= (np.cumsum(widths) - widths).take(index)
+    return index, ramp
 
 
 class _Segment:
@@ -91,9 +95,9 @@ class _Segment:
 
     __slots__ = ("blocks", "members", "num_queries", "start")
 
-    def __init__(self, start: int, blocks: list[int]) -> None:
+    def __init__(self, start: int, blocks: array[int]) -> None:
         self.start = start
-        self.blocks = blocks
+        self.blocks = blocks  # may be another's too: replaced, never changed
         self.members: list[tuple[int, int, int]] = []  # first query, end, what they see
         self.num_queries = 0
 
@@ -104,7 +108,7 @@ class _Segment:
 
     def copy(self) -> _Segment:
         """The same blocks for other queries."""
-        return _Segment(self.start, list(self.blocks))
+        return _Segment(self.start, self.blocks)
 
 
 Group = tuple[_Segment | None, int, int]
@@ -135,7 +139,7 @@ class _Outline:
         self.first_query: list[int] = []  # of each rank, and one more
         self.segments: list[tuple[_Segment, int]] = []  # and the row whose tail it is, or -1
         self.lone: list[int] = []
-        self._leaves: dict[Node, list[int]] = {}
+        self._leaves: defaultdict[Node, list[int]] = defaultdict(list)
         self._inner: dict[Node, list[Node]] = {}
         self._ranks: dict[Node, tuple[int, int]] = {}
         self._groups: dict[Node, list[Group]] = {}
@@ -146,8 +150,11 @@ class _Outline:
         if root not in self._inner:
             return
         order = self._number_rows(root)
-        counts = map(self.plan.counts.__getitem__, self.rows)
-        self.first_query = list(accumulate(counts, initial=0))
+        if self.plan.grown is None:
+            counts = map(self.plan.counts.__getitem__, self.rows)
+            self.first_query = list(accumulate(counts, initial=0))
+        else:
+            self.first_query = list(range(len(self.rows) + 1))
         low, high = self._range(root)
         self._groups[root] = [(None, low, high)]
         for node in order:
@@ -156,16 +163,11 @@ class _Outline:
     def _find_nodes(self) -> None:
         """Rows with new tokens that hang on each node, and its inner children that lead to any."""
         leaves, inner = self._leaves, self._inner
-        for row, (tip, count) in enumerate(zip(self.tips, self.plan.counts, strict=True)):
-            if not count:
-                continue
-            child = tip.parent
-            assert child is not None
-            mine = leaves.get(child)
-            if mine is not None:
-                mine.append(row)
-                continue
-            leaves[child] = [row]
+        grown = self.plan.grown is not None
+        for row, tip in enumerate(self.tips):
+            if grown or self.plan.counts[row]:
+                leaves[tip.parent].append(row)  # type: ignore[index]
+        for child in leaves:
             if child in inner:
                 continue
             inner[child] = []
@@ -211,8 +213,10 @@ class _Outline:
             return groups
         entered: list[Group] = []
         for segment, a, b in groups:
-            segment = segment or _Segment(first * self.size, [])
-            segment.blocks += blocks
+            if segment is None:
+                segment = _Segment(first * self.size, blocks)
+            else:
+                segment.blocks = segment.blocks + blocks
             entered.append((segment, a, b))
         return entered
 
@@ -248,6 +252,11 @@ class _Outline:
         rank = self._ranks[node][0]
         leaves = range(rank, rank + len(self._leaves.get(node, ())))
         at, inner = self.first_query, self._inner[node]
+        if self.plan.grown is not None and len(groups) == 1:
+            # Most of a deep tree: ranks are queries, and one group has them all.
+            segment, a, b = groups[0]
+            self._part(segment, a, b, [(child, *self._ranks[child]) for child in inner], leaves)
+            return
         begin, end = at[rank], at[leaves.stop]
         ways: list[Way] = []
         if end - begin > len(leaves):
@@ -284,9 +293,14 @@ class _Outline:
             return
         rest: _Segment | None = None
         if not self.deterministic:
+            if not parts:
+                widest: Way = (lone[0], a, a + 1)
+            elif len(parts) == 1:
+                widest = parts[0]
+            else:
+                widest = max(parts, key=_width)
             own = self._cost(b - a)
-            widest = max(parts, key=_width) if parts else (lone[0], a, a + 1)
-            if self._cost(_width(widest)) == own:
+            if b - a <= self.small_queries or self._cost(_width(widest)) == own:
                 self._follow(segment, widest, parts, lone)
                 return
             extra = sum(self._cost(_width(part)) for part in parts) + len(lone) - own
@@ -297,16 +311,18 @@ class _Outline:
 
     def _follow(self, segment: _Segment, widest: Way, parts: list[Way], lone: range) -> None:
         """Go on with most of the queries where that costs no more than to end: no new item."""
-        others = [part for part in parts if part is not widest]
         if not parts:
             lone = lone[1:]
         tokens = len(segment.blocks) * self.size
-        for _, low, high in others:
-            segment.add(low, high, tokens)
+        for part in parts:
+            if part is not widest:
+                target, low, high = part
+                segment.add(low, high, tokens)
+                self._hand(target, None, low, high)
         if lone:
             first = self.first_query[lone[0]]
             segment.add(first, first + len(lone), tokens)
-        self._hand_all(others, lone, None)
+            self.lone += lone
         self._hand(widest[0], segment, widest[1], widest[2])
 
     def _hand_all(self, parts: list[Way], lone: range, segment: _Segment | None) -> None:
@@ -321,14 +337,20 @@ class _Outline:
 
     def _hand(self, target: int | Node, segment: _Segment | None, a: int, b: int) -> None:
         if isinstance(target, Node):
-            self._groups.setdefault(target, []).append((segment, a, b))
+            groups = self._groups.get(target)
+            if groups is None:
+                self._groups[target] = [(segment, a, b)]
+            else:
+                groups.append((segment, a, b))
         elif segment is None and self.plan.counts[self.rows[target]] == 1:
             self.lone.append(target)
         else:
             row = self.rows[target]
             tip = self.tips[row]
-            segment = segment or _Segment(tip.start // self.size * self.size, [])
-            segment.blocks += tip.blocks
+            if segment is None:
+                segment = _Segment(tip.start // self.size * self.size, tip.blocks)
+            else:
+                segment.blocks = segment.blocks + tip.blocks
             segment.add(a, b, UNLIMITED)
             self.segments.append((segment, row))
 
@@ -339,7 +361,7 @@ class _Outline:
             whole = len(segment.blocks) // self.chunk_blocks * self.chunk_blocks
             if whole < len(segment.blocks):
                 rest = _Segment(segment.start + whole * self.size, segment.blocks[whole:])
-                del segment.blocks[whole:]
+                segment.blocks = segment.blocks[:whole]
         if segment.blocks:
             segment.add(a, b, len(segment.blocks) * self.size)
             self.segments.append((segment, -1))
@@ -355,45 +377,45 @@ def _to_arrays(
 ) -> Segments:
     """What was collected, one after the other; those that begin at a lone leaf come last."""
     size, num_new = plan.block_size, plan.num_new
-    lengths = np.array(plan.lengths, np.int64)
+    lengths = plan.ends
 
     # Queries in tree order.
     first_query = np.array(outline.first_query, np.int64)
-    counts = first_query[1:] - first_query[:-1]
-    query_row = np.repeat(np.array(outline.rows, np.int64), counts)
-    back = np.repeat(first_query[1:], counts) - np.arange(len(query_row))
+    query_row = np.array(outline.rows, np.int64)
+    back: Longs | int = 1
+    if plan.grown is None:
+        counts = first_query[1:] - first_query[:-1]
+        query_row = np.repeat(query_row, counts)
+        back = np.repeat(first_query[1:], counts) - np.arange(len(query_row))
     query = query_row * num_new + num_new - back
     position = lengths[query_row] - back
 
     shared = [segment for segment, _ in outline.segments]
+    lone = np.array(outline.lone, np.int64)
     lone_rows = [outline.rows[rank] for rank in outline.lone]
-    tips = [outline.tips[row] for row in lone_rows]
+    tips = list(map(outline.tips.__getitem__, lone_rows))
     row = np.array([row for _, row in outline.segments] + lone_rows, np.int64)
     starts = [segment.start for segment in shared] + [tip.start for tip in tips]
     begin = np.array(starts, np.int64) // size * size
     lists = [segment.blocks for segment in shared] + [tip.blocks for tip in tips]
-    num_blocks = np.array([len(numbers) for numbers in lists], np.int64)
+    num_blocks = np.array(list(map(len, lists)), np.int64)
     is_tail = row >= 0
-    tokens = num_blocks * size
-    tokens[is_tail] = lengths[row[is_tail]] - begin[is_tail]
-    places = num_blocks + is_tail * -(-GROWTH_TOKENS // size)
-    first_block = np.cumsum(places) - places
-    blocks = np.zeros(places.sum(), np.int32)
-    blocks[ramps(num_blocks) + np.repeat(first_block, num_blocks)] = np.fromiter(
-        chain.from_iterable(lists), np.int32, num_blocks.sum()
-    )
+    tokens = np.where(is_tail, lengths[row] - begin, num_blocks * size)
+    blocks, first_block = _join(lists, num_blocks, len(shared), is_tail, size)
 
     # Members, ranges of queries expanded.
     ranges = [member for segment in shared for member in segment.members]
     low, high, most = np.array(ranges, np.int64).reshape(-1, 3).T
-    lone = first_query[outline.lone]
-    member = np.concatenate([ramps(high - low) + np.repeat(low, high - low), lone])
-    limit = np.concatenate([np.repeat(most, high - low), np.full(len(lone), UNLIMITED)])
-    num_members = np.array([segment.num_queries for segment in shared] + [1] * len(tips), np.int64)
+    widths = high - low
+    of, member = spread(widths)
+    member = np.concatenate([member + low.take(of), first_query.take(lone)])
+    limit = np.concatenate([most.take(of), np.full(len(lone), UNLIMITED)])
+    num_members = np.ones(len(row), np.int64)
+    num_members[: len(shared)] = [segment.num_queries for segment in shared]
     first_member = np.cumsum(num_members) - num_members
     member_begin = np.repeat(begin, num_members)
-    own = position[member] + 1 - member_begin
-    lower, skipped = np.zeros_like(own), np.zeros_like(tokens)
+    own = position.take(member) + 1 - member_begin
+    lower, skipped = None, np.zeros_like(tokens)
     if window is not None and len(member):
         lower = window.first_visible(position[member]) - member_begin
         unit = fixed_chunk(size) if deterministic else size
@@ -408,8 +430,45 @@ def _to_arrays(
         row=row,
         first_member=first_member,
         num_members=num_members,
-        member_query=query[member],
+        member_query=query.take(member),
         member_limit=limit,
         member_own=own,
         member_lower=lower,
     )
+
+
+def _join(
+    lists: list[array[int]],
+    num_blocks: Longs,
+    num_shared: int,
+    is_tail: npt.NDArray[np.bool_],
+    size: int,
+) -> tuple[Ints, Longs]:
+    """All blocks one after the other, tails with room to grow; where each list begins.
+
+    Args:
+        num_shared: lists before those of lone leaves; neighbours may be the same object.
+    """
+    room = -(-GROWTH_TOKENS // size)
+    empty = array("i", bytes(room * 4))
+    pieces: list[array[int]] = []
+    places = num_blocks + room * is_tail
+    back: list[int] = []  # lists that are where the one before is
+    last = None
+    for i, (blocks, tail) in enumerate(zip(lists[:num_shared], is_tail.tolist(), strict=False)):
+        if blocks is last:
+            back.append(i)
+        else:
+            pieces.append(blocks)
+            if tail:
+                pieces.append(empty)
+        last = None if tail else blocks
+    for blocks in lists[num_shared:]:
+        pieces += blocks, empty
+    places[back] = 0
+    first_block = np.cumsum(places) - places
+    if back:
+        here = np.ones(len(lists), np.bool_)
+        here[back] = False
+        first_block = first_block[np.maximum.accumulate(here * np.arange(len(lists)))]
+    return np.frombuffer(b"".join(pieces), np.int32), first_block

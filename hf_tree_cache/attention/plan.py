@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..memory.tree import BranchTree, Node
+from ..memory.tree import BranchTree, Grown, Longs, Node
 
 Position = TypeVar("Position", int, torch.Tensor, npt.NDArray[np.int64])
 
@@ -98,8 +98,9 @@ class TreeAttentionPlan:
     Attributes:
         tree: as it is during this forward.
         num_new: T, query columns of the forward; row b uses the last ``counts[b]`` of them.
-        lengths: tokens of each row, the new ones included.
         counts: new tokens of each row.
+        ended: tokens of each row, the new ones included, where not every row got one.
+        grown: the rows where every one of them got one token.
         topology_version: of the tree during this forward.
         deterministic: a row's result must not depend on the other rows, bit for bit.
         scratch: what a backend derives from the plan and keeps for the other layers.
@@ -108,8 +109,9 @@ class TreeAttentionPlan:
 
     tree: BranchTree = field(repr=False, compare=False)
     num_new: int
-    lengths: tuple[int, ...]
     counts: tuple[int, ...]
+    ended: tuple[int, ...] | None
+    grown: Grown | None
     topology_version: int
     deterministic: bool = False
     scratch: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -123,7 +125,17 @@ class TreeAttentionPlan:
 
     @property
     def num_rows(self) -> int:
-        return len(self.lengths)
+        return len(self.counts)
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each row, the new ones included."""
+        return tuple(self.ends.tolist()) if self.ended is None else self.ended
+
+    @property
+    def ends(self) -> Longs:
+        """``lengths`` as int64 ``[B]``."""
+        return np.array(self.ended, np.int64) if self.grown is None else self.grown.lengths
 
     @property
     def runs(self) -> tuple[Run, ...]:
@@ -153,7 +165,10 @@ class TreeAttentionPlan:
     def check_fresh(self) -> None:
         """The tree is still the one that was planned for."""
         assert self.tree.topology_version == self.topology_version, "the tree has changed"
-        assert tuple(self.tree.row_lengths()) == self.lengths, "the rows have grown"
+        if self.grown is None:
+            assert tuple(self.tree.row_lengths()) == self.ended, "the rows have grown"
+        else:
+            assert self.tree.grown == self.grown, "the rows have grown"
 
     @cached_property
     def _stretches(self) -> _Stretches:
@@ -179,7 +194,7 @@ class TreeAttentionPlan:
 
 def build_plan(
     tree: BranchTree,
-    counts: Sequence[int],
+    counts: Sequence[int] | None,
     num_new: int,
     previous: TreeAttentionPlan | None = None,
     *,
@@ -190,7 +205,7 @@ def build_plan(
     While only tips grow, the runs of ``previous`` are kept and only tails are read from the tree.
 
     Args:
-        counts: new tokens of each row.
+        counts: new tokens of each row; None for one each.
         num_new: T, columns of the forward, at least ``max(counts)``.
         previous: the plan of the forward before, if any.
         deterministic: a row's result must not depend on the other rows, bit for bit.
@@ -200,11 +215,14 @@ def build_plan(
         kept = previous.__dict__.get("_stretches", previous._kept)
         if kept is not None and kept.max_tail < 2 * RUN_TOKENS:
             scratch = {k: v for k, v in previous.scratch.items() if isinstance(k[0], Run)}
+    grown = tree.grown
+    assert grown is not None or counts is not None
     return TreeAttentionPlan(
         tree=tree,
         num_new=num_new,
-        lengths=tuple(tree.row_lengths()),
-        counts=tuple(counts),
+        counts=tuple(counts or ()) if grown is None else grown.growth.counts,
+        ended=tuple(tree.row_lengths()) if grown is None else None,
+        grown=grown,
         topology_version=tree.topology_version,
         deterministic=deterministic,
         scratch=scratch,
@@ -249,7 +267,7 @@ def _find_runs(tree: BranchTree, counts: Sequence[int]) -> tuple[tuple[Run, ...]
 def _blocks_from(tree: BranchTree, node: Node, position: int) -> list[int]:
     """Blocks on the path of ``node`` that hold the tokens from ``position`` (block-aligned) on."""
     size = tree.block_size
-    pieces: list[list[int]] = []
+    pieces: list[Sequence[int]] = []
     limit = -(-node.end // size)
     while node.parent is not None and limit * size > position:
         first = node.start // size

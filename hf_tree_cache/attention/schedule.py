@@ -20,7 +20,7 @@ from .outline import (
     Segments,
     find_segments,
     fixed_chunk,
-    ramps,
+    spread,
 )
 from .plan import TreeAttentionPlan, Window
 from .tiles import Tiles
@@ -88,6 +88,10 @@ class WorkList:
     def num_items(self) -> int:
         return len(self.items)
 
+    def room_after(self, ends: Longs) -> int:
+        """Tokens that every row may grow by from ``ends``, int64 ``[B]``, on."""
+        return int((self.tail_room - ends).min(initial=0 if not len(ends) else GROWTH_TOKENS))
+
 
 def schedule(
     plan: TreeAttentionPlan,
@@ -151,31 +155,34 @@ class _Items:
         """Cut each segment every ``steps`` tokens."""
         left = segments.tokens - segments.skipped
         pieces = -(-left // steps)
-        segment = np.repeat(np.arange(len(left)), pieces)
-        piece = ramps(pieces)
-        offset = segments.skipped[segment] + piece * steps[segment]
-        last = piece == pieces[segment] - 1
-        end = np.where(last, segments.tokens[segment], offset + steps[segment])
+        segment, piece = spread(pieces)
+        step = steps.take(segment)
+        offset = piece * step
+        offset += segments.skipped.take(segment)
+        last = piece == pieces.take(segment) - 1
+        stretch = np.where(last, segments.tokens.take(segment) - offset, step)
 
         # Every member of the segment, then only those that see any of the item.
-        widths = segments.num_members[segment]
-        item = np.repeat(np.arange(len(segment)), widths)
-        member = ramps(widths) + np.repeat(segments.first_member[segment], widths)
-        sees = segments.member_limit[member] > offset[item]
-        sees &= segments.member_own[member] > offset[item]
-        sees &= segments.member_lower[member] < end[item]
-        item, member = item[sees], member[sees]
-        num_members = np.bincount(item, minlength=len(segment))
-        limit = segments.member_limit[member] - offset[item]
-        now = np.minimum(limit, segments.member_own[member] - offset[item])
-        stretch = end - offset
+        num_members = segments.num_members.take(segment)
+        item, member = spread(num_members)
+        member += segments.first_member.take(segment).take(item)
+        limit, before = segments.member_limit.take(member), offset.take(item)
+        # What it sees now, and what it may see, from the item's first token on.
+        unlimited = limit == UNLIMITED
+        limit -= before
+        now = np.minimum(limit, segments.member_own.take(member) - before)
+        sees = now > 0
+        if segments.member_lower is not None:
+            sees &= segments.member_lower.take(member) < before + stretch.take(item)
+        if not sees.all():
+            item, member, now, unlimited = item[sees], member[sees], now[sees], unlimited[sees]
+            num_members = np.bincount(item, minlength=len(segment))
         # The last item of a tail grows with its row; the others end where the next begins.
-        grows = last & (segments.row[segment] >= 0)
-        full = np.minimum(now, stretch[item])
-        to_the_end = grows[item] & (segments.member_limit[member] == UNLIMITED)
-        limit = np.where(to_the_end, UNLIMITED, full)
+        grows = last & (segments.row >= 0).take(segment)
+        full = np.minimum(now, stretch.take(item))
+        limit = np.where(grows.take(item) & unlimited, UNLIMITED, full)
 
-        large = num_members * group_size > (0 if tiles.deterministic else tiles.m_small)
+        large = num_members > (0 if tiles.deterministic else tiles.m_small // group_size)
         cost = np.where(large, tiles.large_cost, 1.0) * (stretch + tiles.item_cost)
         kept = num_members > 0
         if not kept.all():
@@ -190,7 +197,7 @@ class _Items:
             large=large,
             first_member=np.cumsum(num_members) - num_members,
             num_members=num_members,
-            query=segments.member_query[member],
+            query=segments.member_query.take(member),
             limit=limit,
             full=full,
         )
@@ -219,10 +226,10 @@ def _chunk_tokens(
     # Where work is split at all, a few more or fewer pieces decide whether the last ones run alone.
     if (best < left).any() and len(left) <= MOST_SIMULATED:
         cuts = {steps.tobytes(): steps for steps in cut(tiles.waves * np.array(AROUND))}
-        ends = {
-            key: _makespan(left, steps, rate, large, tiles.item_cost, int(room))
-            for key, steps in cuts.items()
-        }
+        ends: dict[bytes, float] = {}
+        for key, steps in cuts.items():
+            limit = CLOSE * min(ends.values(), default=float("inf"))
+            ends[key] = _makespan(left, steps, rate, large, tiles.item_cost, int(room), limit)
         # Of those that end about first, the fewest items: less to merge.
         bound = CLOSE * min(ends.values())
         best = next(cuts[key] for key, end in ends.items() if end <= bound)
@@ -236,13 +243,20 @@ def _makespan(
     large: npt.NDArray[np.bool_],
     item_cost: int,
     room: int,
+    limit: float,
 ) -> float:
-    """When the last item ends, in tokens, if ``room`` of them run at a time in the list's order."""
+    """When the last item ends, in tokens, if ``room`` of them run at a time in the list's order.
+
+    Anything above ``limit``, where it cannot end earlier.
+    """
     pieces = -(-left // steps)
-    costs = np.repeat(rate * (np.minimum(steps, left) + item_cost), pieces)
-    order = np.lexsort((-costs, ~np.repeat(large, pieces)))
-    in_order = costs[order].tolist()
+    cost = rate * (np.minimum(steps, left) + item_cost)
     room = max(1, room)
+    least = float((cost * pieces).sum()) / room
+    if least > limit:
+        return least
+    costs = np.repeat(cost, pieces)
+    in_order = costs.take(np.lexsort((-costs, ~np.repeat(large, pieces)))).tolist()
     ends = in_order[:room]
     heapify(ends)
     for cost in in_order[room:]:
@@ -261,23 +275,26 @@ def _work_list(
     """Order the items, give slots to parts, add blanks and merges, write the records."""
     size, num_queries = plan.block_size, plan.num_rows * plan.num_new
     # The longest first, those of the large class before all others.
-    order = np.lexsort((-items.cost, ~items.large))
-    counts = items.num_members[order]
-    member = ramps(counts) + np.repeat(items.first_member[order], counts)
-    query, place = items.query[member], ramps(counts)
-    item = np.repeat(np.arange(len(order)), counts)
-    segment, offset = items.segment[order], items.offset[order]
+    order = np.argsort(-items.cost - items.large * items.cost.sum(), kind="stable")
+    counts = items.num_members.take(order)
+    item, place = spread(counts)
+    member = place + items.first_member.take(order).take(item)
+    query = items.query.take(member)
+    segment, offset = items.segment.take(order), items.offset.take(order)
 
     # Queries that several items see have parts; so has whoever shares an item with one.
     num_seen = np.bincount(query, minlength=num_queries)
-    parted = np.full(len(order), tiles.deterministic)
-    np.logical_or.at(parted, item, num_seen[query] > 1)
-    slots_used = np.where(parted, counts, 0)
+    if tiles.deterministic:
+        parted = np.ones(len(order), np.bool_)
+    else:
+        parted = np.bincount(item, num_seen.take(query) > 1, minlength=len(order)) > 0
+    slots_used = counts * parted
     first_slot = np.cumsum(slots_used) - slots_used
-    is_part = parted[item]
-    part_query = query[is_part]
-    by_position = np.lexsort(((segments.begin[segment] + offset)[item][is_part], part_query))
-    part_slots = (first_slot[item] + place)[is_part][by_position]
+    is_part = np.flatnonzero(parted.take(item))
+    part_query, part_item = query.take(is_part), item.take(is_part)
+    begins = segments.begin.take(segment) + offset
+    by_position = np.argsort(part_query << 32 | begins.take(part_item), kind="stable")
+    part_slots = (first_slot.take(part_item) + place.take(is_part)).take(by_position)
     num_parts = np.bincount(part_query, minlength=num_queries)
 
     width = tiles.m_large // group_size
@@ -295,19 +312,22 @@ def _work_list(
     records = np.zeros((num_work + len(merges), FIELDS + 2 * width), np.int32)
     work = records[: len(order)]
     work[:, 0] = LARGE if tiles.deterministic else items.large[order]
-    work[:, 1] = segments.first_block[segment] + offset // size
-    work[:, 2] = segments.begin[segment] + offset
+    work[:, 1] = segments.first_block.take(segment) + offset // size
+    work[:, 2] = begins
     work[:, 3] = counts
     work[:, 4] = np.where(parted, first_slot, -1)
     if len(order) and not tiles.deterministic:
-        first_member = np.cumsum(counts) - counts
-        work[:, 5] = np.minimum.reduceat(items.full[member], first_member).clip(0)
-    work[item, FIELDS + place] = query
-    work[item, FIELDS + width + place] = items.limit[member]
+        first_member = np.flatnonzero(place == 0)
+        work[:, 5] = np.minimum.reduceat(items.full.take(member), first_member)
+    at = item * records.shape[1] + place
+    records.put(at + FIELDS, query)
+    records.put(at + (FIELDS + width), items.limit.take(member))
     for kind, first, tiled in (
         (LARGE if tiles.deterministic else SMALL, len(order), blanks),
         (MERGE, num_work, merges),
     ):
+        if not len(tiled):
+            continue
         rows = records[first : first + len(tiled)]
         rows[:, 0] = kind
         rows[:, 3] = (tiled >= 0).sum(1)
@@ -315,34 +335,36 @@ def _work_list(
         rows[:, FIELDS : FIELDS + tiled.shape[1]] = tiled.clip(0)
 
     tokens, grows = np.zeros((2, len(records)), np.int32)
-    tokens[: len(order)] = items.tokens[order]
+    tokens[: len(order)] = items.tokens.take(order)
     tail_item, tail_base = np.full((2, plan.num_rows), -1, np.int64)
     tail_room = np.zeros(plan.num_rows, np.int64)
-    if max(plan.counts, default=0) == 1:
-        grows[: len(order)] = items.grows[order]
+    if plan.grown is not None or max(plan.counts, default=0) == 1:
+        grows[: len(order)] = items.grows.take(order)
         tails = np.flatnonzero(segments.row >= 0)
-        row, begin = segments.row[tails], segments.begin[tails]
+        row, begin = segments.row.take(tails), segments.begin.take(tails)
         growing = np.flatnonzero(grows)
-        tail_item[segments.row[segment[growing]]] = growing
-        tail_base[row] = segments.first_block[tails] - begin // size
+        tail_item[segments.row.take(segment.take(growing))] = growing
+        tail_base[row] = segments.first_block.take(tails) - begin // size
         # Lists have whole blocks, and GROWTH_TOKENS beyond them; fixed chunks end where they must.
-        tail_room[row] = begin - (-segments.tokens[tails] // size) * size + GROWTH_TOKENS
+        tail_room[row] = begin - (-segments.tokens.take(tails) // size) * size + GROWTH_TOKENS
         if tiles.deterministic:
             chunk = fixed_chunk(size)
             tail_room[row] = np.minimum(
                 tail_room[row], begin - (-segments.tokens[tails] // chunk) * chunk
             )
+    part_ptr = np.zeros(num_queries + 1, np.int32)
+    np.cumsum(num_parts, out=part_ptr[1:])
     return WorkList(
         items=records,
         tokens=tokens,
         grows=grows,
         blocks=np.concatenate([segments.blocks, np.zeros(LIST_PADDING, np.int32)]),
-        part_ptr=np.concatenate([[0], np.cumsum(num_parts)]).astype(np.int32),
+        part_ptr=part_ptr,
         part_slots=part_slots.astype(np.int32),
         tiles=tiles,
         num_work=num_work,
         num_slots=int(slots_used.sum()),
-        num_large=int((records[:num_work, 0] == LARGE).sum()),
+        num_large=int(items.large.sum()) + (len(blanks) if tiles.deterministic else 0),
         merge_rows=merge_rows,
         merge_parts=merge_parts,
         tail_item=tail_item,

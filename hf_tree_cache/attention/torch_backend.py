@@ -88,7 +88,7 @@ class _Columns:
         for run in self.plan.runs:
             if self._sees(run):
                 part, part_lse = self._run(storage, layer, run)
-                rows = slice(None) if len(run.rows) == len(out) else list(run.rows)
+                rows = self._rows(run, storage)
                 total = torch.logaddexp(lse[rows], part_lse)
                 merged = out[rows] * _weight(lse[rows], total)
                 out[rows] = merged.add_(part * _weight(part_lse, total))
@@ -124,11 +124,18 @@ class _Columns:
             self.plan.scratch[*key, storage.index_key] = index
         hidden = self._remember((run.rows, run.start, storage.spec.device), _read_run, storage, run)
         k, v = (x.flatten(0, 1).transpose(0, 1)[None] for x in storage.gather_blocks(layer, index))
-        q = self.q if len(run.rows) == len(self.q) else self.q[list(run.rows)]
+        q = self.q[self._rows(run, storage)]
         out, lse = self._product(q.transpose(0, 1).flatten(1, 3)[None], k, v, hidden)
         shape = (len(run.rows), *self.q.shape[2:4])
         out, lse = out[0].unflatten(1, shape), lse[0].unflatten(1, shape)
         return out.transpose(0, 1), lse.transpose(0, 1)
+
+    def _rows(self, run: Run, storage: KVReader) -> slice | torch.Tensor:
+        """Of ``run``, as an index that no layer has to send to the device again."""
+        first, count = run.rows[0], len(run.rows)
+        if run.rows[-1] - first == count - 1:
+            return slice(first, first + count)
+        return self._remember((run.rows, storage.spec.device), _read_rows, storage, run)
 
     def _product(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: _Hidden | None
@@ -188,12 +195,14 @@ def _read_tails(columns: _Columns, storage: KVReader) -> tuple[SlabIndex, _Hidde
     plan, size, device = columns.plan, columns.plan.block_size, storage.spec.device
     width = plan.max_tail
     # Short tails repeat a written slot: an unwritten one may hold NaN, and 0 * NaN is NaN.
-    written = next(blocks[0] * size for blocks in plan.tail_blocks if blocks)
-    slots = []
-    for start, length, blocks in zip(plan.tail_starts, plan.lengths, plan.tail_blocks, strict=True):
-        own = [block * size + i for block in blocks for i in range(size)][: length - start]
-        slots += own + [written] * (width - len(own))
-    keys = torch.tensor(plan.tail_starts)[:, None] + torch.arange(width)
+    written = next(blocks[0] for blocks in plan.tail_blocks if blocks)
+    most = -(-width // size)
+    padded = [(*blocks, *[written] * most)[:most] for blocks in plan.tail_blocks]
+    starts, place = torch.tensor(plan.tail_starts)[:, None], torch.arange(width)
+    slots = torch.tensor(padded)[:, place // size] * size + place % size
+    beyond = place >= torch.tensor(plan.lengths)[:, None] - starts
+    slots = slots.masked_fill_(beyond, written * size).flatten()
+    keys = starts + place
     queries = columns.positions(tuple(range(plan.num_rows)))
     hidden = keys[:, None, :] > queries[:, :, None]
     if columns.window is not None:
@@ -217,6 +226,10 @@ def _read_run(columns: _Columns, storage: KVReader, run: Run) -> _Hidden | None:
     grouped = _for_groups(hidden, columns.q.shape[2]).to(storage.spec.device)
     stacked = grouped.transpose(0, 1).flatten(1, 2)[None]
     return _Hidden(stacked, stacked.all(-1))
+
+
+def _read_rows(columns: _Columns, storage: KVReader, run: Run) -> torch.Tensor:
+    return torch.tensor(run.rows).to(storage.spec.device)
 
 
 def _read_padding(columns: _Columns, storage: KVReader) -> torch.Tensor:
@@ -252,7 +265,7 @@ def _plain_product(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Two matrix products and a softmax, in float32 or float64."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scores = (q.to(dtype) * scale) @ k.to(dtype).transpose(2, 3)
+    scores = _matmul(q, k.transpose(2, 3), dtype).mul_(scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if hidden is not None:
@@ -261,6 +274,18 @@ def _plain_product(
     pivot = peak.masked_fill(peak == -torch.inf, 0)
     weights = scores.sub_(pivot).exp_()
     total = weights.sum(-1, keepdim=True)
-    out = weights @ v.to(dtype)
+    out = _matmul(weights, v, dtype)
     out /= total.clamp_min(torch.finfo(dtype).tiny)
     return out, (total.log() + pivot).squeeze(-1)
+
+
+def _matmul(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``a @ b`` in ``dtype``, of ``[X, H, ., .]``.
+
+    On a GPU numbers of half precision go to its tensor cores as they are, and are summed in
+    float32; a copy of K or V in float32 would cost more than the product.
+    """
+    if b.is_cuda and b.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32:
+        pair = a.to(b.dtype).flatten(0, 1), b.flatten(0, 1)
+        return torch.bmm(*pair, out_dtype=torch.float32).unflatten(0, a.shape[:2])
+    return a.to(dtype) @ b.to(dtype)

@@ -3,9 +3,10 @@
     python -m hf_tree_cache.attention.tune [--head-dim 128] [--dtype bfloat16] [--quick]
 
 It starts from the tiles in use, and changes one thing at a time, keeping what is faster: 20 to 40
-compilations of a few seconds. Times are Triton's, of `do_bench_cudagraph`. Its `autotune` does not
-serve here, because that picks constants for given arguments, and other tiles mean another work
-list. A second run is faster: Triton keeps what it has compiled.
+compilations of a few seconds. After `--seconds` it begins no further candidate. Times are Triton's,
+of `do_bench_cudagraph`. Its `autotune` does not serve here, because that picks constants for given
+arguments, and other tiles mean another work list. A second run is faster: Triton keeps what it has
+compiled.
 
 With HF_TREE_CACHE_TUNE=1 the first launch on a GPU that nobody has measured runs this by itself.
 """
@@ -17,6 +18,7 @@ import math
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -82,9 +84,18 @@ class Trial:
 
 
 def climb(
-    name: str, base: Tiles, axes: Sequence[Axis], measure: Callable[[Tiles], Trial]
+    name: str,
+    base: Tiles,
+    axes: Sequence[Axis],
+    measure: Callable[[Tiles], Trial],
+    seconds: float = math.inf,
 ) -> list[Trial]:
-    """Time the choices of one axis after the other, going on from the best; that comes last."""
+    """Time the choices of one axis after the other, going on from the best; that comes last.
+
+    Args:
+        seconds: after which no other choice is begun.
+    """
+    end = time.monotonic() + seconds
     tried = {base: measure(base)}
     best = tried[base]
     with tqdm(total=sum(map(len, axes)), desc=f"{name} tiles", unit="candidate") as bar:
@@ -93,7 +104,7 @@ def climb(
             for change in axis:
                 bar.update()
                 tiles = replace(start, **change)  # type: ignore[arg-type]
-                if tiles in tried:
+                if tiles in tried or time.monotonic() > end:
                     continue
                 tried[tiles] = measure(tiles)
                 # Differences below one percent are noise.
@@ -187,15 +198,25 @@ def measure(tiles: Tiles, benches: Sequence[Bench], limits: Limits) -> Trial:
     return Trial(tiles, tuple(times), note)
 
 
-def tune(spec: KVSpec, group_size: int, *, quick: bool = False) -> TileSet:
-    """Tune both sets for ``spec``, and print what was tried."""
+def tune(
+    spec: KVSpec, group_size: int, *, quick: bool = False, seconds: float = math.inf
+) -> TileSet:
+    """Tune both sets for ``spec``, and print what was tried.
+
+    Args:
+        seconds: about how long it may take; a candidate that was begun is finished.
+    """
+    end = time.monotonic() + seconds
     base = find_tiles(WorkspaceKey(spec, group_size))
     limits = LIMITS.get(tiles_key(spec)[0]) or _limits_of(spec.device)
-    best = {}
-    for kind, axes in (QUICK if quick else THOROUGH).items():
+    best: dict[str, Tiles] = {}
+    kinds = QUICK if quick else THOROUGH
+    for kind, axes in kinds.items():
+        share = (end - time.monotonic()) / (len(kinds) - len(best))
         benches = [Bench(levels, spec, group_size) for levels in TREES[kind]]
         first = getattr(base, kind)
-        trials = climb(kind, first, axes, partial(measure, benches=benches, limits=limits))
+        timed = partial(measure, benches=benches, limits=limits)
+        trials = climb(kind, first, axes, timed, share)
         print("\n".join(describe(trial, first) for trial in trials))
         if not trials[-1].times:
             sys.exit(f"No candidate ran, so nothing was written. The first was {trials[-1].note}")
@@ -226,6 +247,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--device", type=int, default=0, help="number of the GPU")
     parser.add_argument("--quick", action="store_true", help="fewer candidates, about a minute")
+    parser.add_argument(
+        "--seconds", type=float, help="about how long it may take; default 300, with --quick 60"
+    )
     options = parser.parse_args(arguments)
     if not (1 <= options.group <= 16 and 1 <= options.head_dim <= 256):
         parser.error("the kernel serves head dims up to 256, and up to 16 query heads a K/V head")
@@ -239,7 +263,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     head_dim, dtype = options.head_dim, getattr(torch, options.dtype)
     spec = KVSpec(options.kv_heads, head_dim, head_dim, dtype, device)
     with torch.cuda.device(device):
-        tiles = tune(spec, options.group, quick=options.quick)
+        seconds = options.seconds or (60 if options.quick else 300)
+        tiles = tune(spec, options.group, quick=options.quick, seconds=seconds)
     note = f"{torch.cuda.get_device_name(device)}, triton {triton.__version__}, {vars(options)}"
     print(f"written to {write_tuned(tiles_key(spec), tiles, note)}")
 

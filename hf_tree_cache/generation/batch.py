@@ -11,7 +11,9 @@ from transformers import GenerationConfig
 from transformers.utils import ModelOutput
 
 from ..integration.cache import TreeCache
+from .processors import BranchBatch
 from .record import GenerationTree
+from .sending import to_device
 
 
 @dataclass
@@ -26,7 +28,7 @@ class LiveBatch:
         branches: branch of each row in the cache; known after the prefill.
         lengths: generated tokens of each row.
         logprobs: sum of their log-probs.
-        last_logprobs: log-prob of each row's last token.
+        last_tokens: each row's last token.
     """
 
     input_ids: torch.Tensor
@@ -36,7 +38,7 @@ class LiveBatch:
     lengths: list[int]
     logprobs: list[float]
     branches: list[int] = field(default_factory=list)
-    last_logprobs: list[float] = field(default_factory=list)
+    last_tokens: list[int] = field(default_factory=list)
     _cache: TreeCache | None = None
 
     @classmethod
@@ -50,7 +52,8 @@ class LiveBatch:
         prompts: dict[tuple[int, ...], int] = {}
         roots: list[int] = []
         nodes, of_row = [], []
-        for ids, keep in zip(input_ids.tolist(), mask.tolist(), strict=True):
+        rows = input_ids.tolist()
+        for ids, keep in zip(rows, mask.tolist(), strict=True):
             tokens = tuple(token for token, real in zip(ids, keep, strict=True) if real)
             if tokens not in prompts:
                 prompts[tokens] = len(roots)
@@ -58,20 +61,22 @@ class LiveBatch:
             of_row.append(prompts[tokens])
             nodes.append(tree.open_branch(roots[of_row[-1]]))
         count = len(nodes)
-        return cls(input_ids, model_kwargs, nodes, of_row, [0] * count, [0.0] * count)
+        made = cls(input_ids, model_kwargs, nodes, of_row, [0] * count, [0.0] * count)
+        made.last_tokens = [ids[-1] for ids in rows]
+        return made
 
     def __len__(self) -> int:
         return len(self.nodes)
 
     def prefill(self, model: Any, config: GenerationConfig, cache: TreeCache) -> torch.Tensor:
-        """Run the prompts; ``[R, V]`` float32 logits of their last tokens."""
+        """Run the prompts; ``[R, V]`` logits of their last tokens, as the model has them."""
         outputs = model._prefill(self.input_ids, config, self.model_kwargs)
         self._cache = cache
         self.branches = [int(branch) for branch in cache.rows]
         return self._take(model, outputs)
 
     def forward(self, model: Any) -> torch.Tensor:
-        """Run the last token of every row; ``[R, V]`` float32 logits."""
+        """Run the last token of every row; ``[R, V]`` logits, as the model has them."""
         inputs = model.prepare_inputs_for_generation(
             self.input_ids, next_sequence_length=1, **self.model_kwargs
         )
@@ -92,7 +97,7 @@ class LiveBatch:
             cache.set_rows([self._cache.rows[row] for row in rows])
         else:
             cache.reorder_cache(torch.tensor(rows, dtype=torch.int64))
-        index = torch.tensor(rows, dtype=torch.int64, device=self.input_ids.device)
+        index = to_device(rows, self.input_ids.device)
         self.model_kwargs = {
             key: value if key == "past_key_values" else _select(key, value, index, len(self))
             for key, value in self.model_kwargs.items()
@@ -102,11 +107,22 @@ class LiveBatch:
         self.prompts = [self.prompts[row] for row in rows]
         self.lengths = [self.lengths[row] for row in rows]
         self.logprobs = [self.logprobs[row] for row in rows]
+        self.last_tokens = [self.last_tokens[row] for row in rows]
         self.branches = [int(branch) for branch in self._cache.rows]
+
+    def view(self) -> BranchBatch:
+        """What processors may know of the rows."""
+        return BranchBatch(
+            tuple(self.branches),
+            tuple(self.prompts),
+            tuple(self.lengths),
+            tuple(self.logprobs),
+            tuple(self.last_tokens),
+        )
 
     def note(self, tokens: list[int], logprobs: list[float], tree: GenerationTree) -> None:
         """Book the tokens that each row got last."""
-        self.last_logprobs = logprobs
+        self.last_tokens = tokens
         for row, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
             tree.append(self.nodes[row], token, logprob)
             self.lengths[row] += 1
@@ -116,9 +132,9 @@ class LiveBatch:
         self.model_kwargs = model._update_model_kwargs_for_generation(
             outputs, self.model_kwargs, is_encoder_decoder=model.config.is_encoder_decoder
         )
-        return outputs.logits[:, -1].to(
-            copy=True, dtype=torch.float32, device=self.input_ids.device
-        )
+        logits = outputs.logits[:, -1].to(self.input_ids.device)
+        # Else the logits of a whole prompt would stay.
+        return logits.clone() if outputs.logits.shape[1] > 1 else logits
 
 
 def _select(name: str, value: Any, index: torch.Tensor, num_rows: int) -> Any:

@@ -14,8 +14,9 @@ from .interrupt import uninterrupted
 from .ledger import BranchState, Ledger
 from .options import Sampling, Stop, Turn
 from .output import BranchEvent
-from .processors import BranchBatch, BranchingProcessor
-from .sampling import choose_tokens
+from .processors import BranchBatch, run_processors
+from .sampling import draw_tokens
+from .sending import to_device
 from .text import CONTEXT, TextStream, decode_after
 
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -120,28 +121,33 @@ class Extension:
             return []
         tips = [_tip(row) for row in rows]
         place = {tip: i for i, tip in enumerate(dict.fromkeys(tips))}
-        # Made before the forward is on its way: afterwards a copy to a GPU would wait for it.
-        index = torch.tensor([place[tip] for tip in tips], device=self._frontier.model.device)
         logits = self._frontier.logits(list(place))
         if len(place) < len(rows):
-            logits = logits[index.to(logits.device)]
-        scores, groups = self._keep_apart(rows, self._process(rows, logits))
-        tokens = self._choose(rows, scores, groups)
-        broken = ~scores.amax(-1).isfinite()
-        logprobs = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
-        packed = torch.stack([tokens, broken.long(), logprobs.view(torch.int32).long()]).cpu()
-        if packed[1].any():
+            logits = logits[to_device([place[tip] for tip in tips], logits.device)]
+        batch = self._view(rows)
+        scores, groups = self._keep_apart(rows, self._process(batch, logits))
+        drawn = draw_tokens(
+            logits,
+            scores,
+            [row.sampling for row in rows],
+            groups,
+            self._generator,
+            batch.uncertainty,
+        )
+        tokens, broken, logprobs = drawn.pack().tolist()
+        if any(broken):
             raise NonFiniteScores(
-                f"Branch {rows[int(packed[1].argmax())].state.branch} has scores with NaN, +inf or "
+                f"Branch {rows[broken.index(1)].state.branch} has scores with NaN, +inf or "
                 "nothing but -inf. A processor masked every token, or the model overflowed (try "
                 "bfloat16 or float32)."
             )
-        new = packed[0].tolist()
         with uninterrupted():
-            events = self._advance(rows, new, packed[2].int().view(torch.float32).tolist())
+            events = self._advance(rows, [int(token) for token in tokens], logprobs)
             if self._ids is not None:
                 going = [i for i, row in enumerate(rows) if not row.reason]
-                self._ids = torch.cat([self._ids, tokens[:, None].to(self._ids.device)], 1)[going]
+                self._ids = torch.cat([self._ids, drawn.tokens[:, None].to(self._ids.device)], 1)[
+                    going
+                ]
         return events
 
     def _drop_ended(self) -> list[_Row]:
@@ -154,26 +160,26 @@ class Extension:
             self._ids = None if self._ids is None else self._ids[left]
         return self._live
 
-    def _process(self, rows: list[_Row], logits: torch.Tensor) -> torch.Tensor:
-        scores = logits
-        for processor in self._processors:
-            assert self._ids is not None
-            if isinstance(processor, BranchingProcessor):
-                states = [row.state for row in rows]
-                processor.begin(
-                    BranchBatch(
-                        tuple(state.branch for state in states),
-                        tuple(state.prompt for state in states),
-                        tuple(state.length - state.prompt_length for state in states),
-                        tuple(state.logprob for state in states),
-                    )
-                )
-            scores = processor(self._ids, scores)
-            if isinstance(processor, BranchingProcessor) and processor.take_actions():
-                raise InvalidArgument(
-                    f"{type(processor).__name__} asked for a fork or prune within extend. Fork and "
-                    "prune through the runner between two extends, or use tree_generate."
-                )
+    def _view(self, rows: list[_Row]) -> BranchBatch:
+        states = [row.state for row in rows]
+        return BranchBatch(
+            tuple(state.branch for state in states),
+            tuple(state.prompt for state in states),
+            tuple(state.length - state.prompt_length for state in states),
+            tuple(state.logprob for state in states),
+        )
+
+    def _process(self, batch: BranchBatch, logits: torch.Tensor) -> torch.Tensor:
+        if not self._processors:
+            return logits
+        assert self._ids is not None
+        scores, actions = run_processors(self._processors, self._ids, logits, batch)
+        if actions:
+            raise InvalidArgument(
+                f"A processor of extend asked for {type(actions[0]).__name__} "
+                f"({actions[0].reason}). Fork and prune through the runner between two extends, or "
+                "use tree_generate."
+            )
         return scores
 
     def _keep_apart(
@@ -184,38 +190,16 @@ class Extension:
         for i, row in enumerate(rows):
             if row.state.apart:
                 groups.setdefault(_tip(row), []).append(i)
-        for tip, group in groups.items():
-            if not tip.taken:
-                continue
-            scores = scores.clone()
-            taken = torch.tensor(sorted(tip.taken), device=scores.device)
-            left = scores[group].index_fill(1, taken, -torch.inf)
+        taken = {tip: group for tip, group in groups.items() if tip.taken}
+        scores = scores.clone() if taken else scores
+        for tip, group in taken.items():
+            here = to_device(group, scores.device)
+            known = scores[here]
+            left = known.index_fill(1, to_device(sorted(tip.taken), scores.device), -torch.inf)
             # With nothing left a sibling's token has to do.
             some = (left > -torch.inf).any(-1, keepdim=True)
-            scores[group] = torch.where(some, left, scores[group])
+            scores[here] = torch.where(some, left, known)
         return scores, [group for group in groups.values() if len(group) > 1]
-
-    def _choose(
-        self, rows: list[_Row], scores: torch.Tensor, groups: list[list[int]]
-    ) -> torch.Tensor:
-        """``[R]`` int64 next tokens."""
-        scores = scores.masked_fill(~scores.amax(-1, keepdim=True).isfinite(), 0)
-        tokens = torch.empty(len(rows), dtype=torch.int64, device=scores.device)
-        for sampling in dict.fromkeys(row.sampling for row in rows):
-            here = [i for i, row in enumerate(rows) if row.sampling == sampling]
-            place = {i: j for j, i in enumerate(here)}
-            apart = [[place[i] for i in group if i in place] for group in groups]
-            part = scores if len(here) == len(rows) else scores[here]
-            chosen = choose_tokens(
-                sampling.process(part),
-                sampling.do_sample,
-                [group for group in apart if len(group) > 1],
-                self._generator,
-            )
-            if len(here) == len(rows):
-                return chosen
-            tokens[here] = chosen
-        return tokens
 
     def _advance(
         self, rows: list[_Row], tokens: list[int], logprobs: list[float]

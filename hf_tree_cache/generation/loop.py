@@ -22,10 +22,13 @@ from ..errors import InvalidArgument, NonFiniteScores, OutOfBlocks
 from ..integration.cache import TreeCache
 from .batch import LiveBatch
 from .decide import NextRows, decide
+from .options import Sampling
 from .output import BranchEvent, TreeGenerateOutput, TreeGenerateStats
-from .processors import BranchBatch, BranchingProcessor
+from .processors import BranchingProcessor, run_processors
 from .record import GenerationTree
 from .sampling import draw_tokens
+from .sending import to_device
+from .uncertainty import Uncertainty
 
 AHEAD_ON = ("cuda",)
 """Devices that work while the host does: there a step begins before the last one is booked."""
@@ -153,6 +156,16 @@ class _Run:
     stats: TreeGenerateStats = field(default_factory=TreeGenerateStats)
     finished: list[tuple[int, int, str]] = field(default_factory=list)  # (node, branch, reason)
 
+    def __post_init__(self) -> None:
+        """Temperature, top-k, top-p and min-p are for the sampler, the rest comes before it."""
+        self.processors = [*self.branching, *self.logits_processor]
+        if not self.config.do_sample:
+            self.sampling = Sampling.greedy()
+        elif self.config.output_scores:
+            self.sampling = Sampling()
+        else:
+            self.processors, self.sampling = Sampling.behind(self.processors)
+
     def drive(
         self,
         input_ids: torch.Tensor,
@@ -195,18 +208,18 @@ class _Run:
         logits = batch.prefill(self.model, self.config, self.cache)
         while True:
             self._note_peak(batch)
-            scores = logits
-            actions = []
-            for processor in [*self.branching, *self.logits_processor]:
-                if isinstance(processor, BranchingProcessor):
-                    processor.begin(self._view(batch))
-                scores = processor(batch.input_ids, scores)
-                if isinstance(processor, BranchingProcessor):
-                    actions += processor.take_actions()
+            if self.processors:
+                logits = logits.float()
+            view = batch.view()
+            scores, actions = run_processors(self.processors, batch.input_ids, logits, view)
+            uncertainty = view.uncertainty
             if actions:
                 budget = self.max_branches - len(batch) - len(self.finished)
                 rows = decide(actions, len(batch), budget)
-                scores, logits = scores[rows.parents], logits[rows.parents]
+                index = to_device(rows.parents, logits.device)
+                unchanged, uncertainty = scores is logits, Uncertainty()
+                logits = logits[index]
+                scores = logits if unchanged else scores[index]
                 yield from self._apply(rows, batch)
                 distinct = [
                     [parent, *children] for parent, children, apart, _ in rows.forks if apart
@@ -215,7 +228,7 @@ class _Run:
                 distinct = []
             if not len(batch):
                 return
-            drawn = self._draw(batch, logits, scores, distinct)
+            drawn = self._draw(batch, logits, scores, distinct, uncertainty)
             ahead = self._run_ahead(batch)
             left = yield from self._record(batch, drawn)
             if not left:
@@ -223,12 +236,9 @@ class _Run:
             if ahead is None:
                 logits = batch.forward(self.model)
             else:
-                logits = ahead if len(left) == len(ahead) else ahead[left]
-
-    def _view(self, batch: LiveBatch) -> BranchBatch:
-        return BranchBatch(
-            tuple(batch.branches), tuple(batch.prompts), tuple(batch.lengths), tuple(batch.logprobs)
-        )
+                logits = ahead
+                if len(left) < len(ahead):
+                    logits = ahead[to_device(left, ahead.device)]
 
     def _apply(self, rows: NextRows, batch: LiveBatch) -> Iterator[BranchEvent]:
         """Make the batch, the cache and the record what ``rows`` says."""
@@ -259,14 +269,16 @@ class _Run:
         logits: torch.Tensor,
         scores: torch.Tensor,
         distinct: list[list[int]],
+        uncertainty: Uncertainty,
     ) -> _Arriving:
         """Draw and append the next tokens, on the device; the host need not wait for them."""
-        drawn = draw_tokens(logits, scores, self.config.do_sample, distinct)
+        drawn = draw_tokens(logits, scores, self.sampling, distinct, uncertainty=uncertainty)
         batch.input_ids = torch.cat([batch.input_ids, drawn.tokens[:, None]], 1)
-        done = self.stopping_criteria(batch.input_ids, scores)
+        # As in generate, who stops by scores asks for them.
+        shown: Any = scores if self.config.output_scores else None
+        done = self.stopping_criteria(batch.input_ids, shown)
         done = torch.as_tensor(done, device=logits.device).expand(len(batch))
-        columns = (drawn.tokens, drawn.broken, done, drawn.logprobs)
-        return _Arriving(torch.stack([column.double() for column in columns]))
+        return _Arriving(drawn.pack(done))
 
     def _run_ahead(self, batch: LiveBatch) -> torch.Tensor | None:
         """Run the next step before the host knows what was drawn, so that the GPU never waits.
@@ -296,7 +308,7 @@ class _Run:
         self, batch: LiveBatch, drawn: _Arriving
     ) -> Generator[BranchEvent, None, list[int]]:
         """Wait for what was drawn, book it, and let finished rows go; which rows are left."""
-        tokens, broken, done, logprobs = drawn.read()
+        tokens, broken, logprobs, done = drawn.read()
         if any(broken):
             raise NonFiniteScores(
                 f"Branch {batch.branches[broken.index(1)]} has scores with NaN, +inf or nothing "

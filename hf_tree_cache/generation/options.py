@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NewType
 
 import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from ..errors import InvalidArgument
 
@@ -25,12 +31,14 @@ class Sampling:
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the likeliest tokens that make up this probability (nucleus sampling, Holtzman
             et al., 2020).
+        min_p: keep tokens at least this fraction as likely as the likeliest; 0 keeps all.
         do_sample: False takes the likeliest token, whatever the rest says.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     do_sample: bool = True
 
     def __post_init__(self) -> None:
@@ -43,6 +51,10 @@ class Sampling:
             raise InvalidArgument(
                 f"Sampling(top_k={self.top_k}, top_p={self.top_p}): top_k is 0 (all) or more, "
                 "top_p above 0 and at most 1."
+            )
+        if not 0 <= self.min_p <= 1:
+            raise InvalidArgument(
+                f"Sampling(min_p={self.min_p}): give 0 (keep all) to 1 (only the likeliest)."
             )
 
     @classmethod
@@ -69,7 +81,42 @@ class Sampling:
             scores = TopKLogitsWarper(self.top_k)(nothing, scores)
         if self.top_p < 1:
             scores = TopPLogitsWarper(self.top_p)(nothing, scores)
+        if self.min_p:
+            scores = MinPLogitsWarper(self.min_p)(nothing, scores)
         return scores
+
+    @classmethod
+    def behind(cls, processors: Sequence[Any]) -> tuple[list[Any], Sampling]:
+        """What the last of some logits processors do, and those before them that do more.
+
+        Only transformers' own temperature, top-k, top-p and min-p, each at most once and in this
+        order, with nothing but their first argument changed.
+        """
+        rest, found, place = list(processors), {}, len(_WARPERS)
+        while rest:
+            kind = type(rest[-1])
+            if kind not in _WARPERS or list(_WARPERS).index(kind) >= place:
+                break
+            place, name = list(_WARPERS).index(kind), _WARPERS[kind]
+            settings = vars(rest[-1])
+            # A top-k has the larger of both as its k.
+            at_least = 1 if name == "top_k" else settings.get("min_tokens_to_keep", 1)
+            if settings.get("filter_value", -math.inf) != -math.inf or at_least != 1:
+                break
+            if name == "top_p" and not settings[name]:
+                break
+            found[name] = settings[name]
+            rest.pop()
+        return rest, cls(**found)
+
+
+_WARPERS: dict[type, str] = {
+    TemperatureLogitsWarper: "temperature",
+    TopKLogitsWarper: "top_k",
+    TopPLogitsWarper: "top_p",
+    MinPLogitsWarper: "min_p",
+}
+"""In the order in which transformers applies them, with the option that each stands for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import LogitsProcessor
 
 from ..errors import InvalidArgument, NonFiniteScores
+from .uncertainty import Uncertainty
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +21,16 @@ class BranchBatch:
         prompts: prompt that each row continues.
         lengths: tokens generated so far in each row.
         logprobs: sum of their log-probs under the model.
+        last_tokens: last token of each row, where the loop knows it.
+        uncertainty: measures scores once for all processors of a step.
     """
 
     branches: tuple[int, ...]
     prompts: tuple[int, ...]
     lengths: tuple[int, ...]
     logprobs: tuple[float, ...]
+    last_tokens: tuple[int, ...] = ()
+    uncertainty: Uncertainty = field(default_factory=Uncertainty, repr=False, compare=False)
 
     def mean_logprob(self, row: int) -> float:
         """Mean log-prob of the generated tokens of ``row``; 0 before the first."""
@@ -126,6 +131,30 @@ class BranchingProcessor(LogitsProcessor):
             )
 
 
+def run_processors(
+    processors: Sequence[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]],
+    input_ids: torch.Tensor,
+    logits: torch.Tensor,
+    batch: BranchBatch,
+) -> tuple[torch.Tensor, list[Action]]:
+    """The scores after all processors, one after the other, and what was queued.
+
+    Args:
+        input_ids: ``[R, L]``.
+        logits: ``[R, V]``.
+    """
+    scores: torch.Tensor = logits
+    actions: list[Action] = []
+    for processor in processors:
+        if not isinstance(processor, BranchingProcessor):
+            scores = processor(input_ids, scores)
+            continue
+        processor.begin(batch)
+        scores = processor(input_ids, scores)
+        actions += processor.take_actions()
+    return scores, actions
+
+
 def _check_children(name: str, children: int) -> None:
     if children < 2:
         raise InvalidArgument(f"{name}(children={children}): a fork makes at least 2 of one.")
@@ -179,12 +208,12 @@ class _ForkOnUncertainty(BranchingProcessor):
         self.min_gap = min_gap
         self._forked_at: dict[int, int] = {}
 
-    def measure(self, scores: torch.Tensor) -> torch.Tensor:
-        """The statistic of each row of ``scores [R, V]``, in nats."""
-        raise NotImplementedError
+    statistic: int
+    """Which of what :func:`~.uncertainty.measure` finds."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        for row, value in enumerate(self.measure(scores).tolist()):
+        for row, found in enumerate(self.batch.uncertainty.read(scores)):
+            value = found[self.statistic]
             branch, length = self.batch.branches[row], self.batch.lengths[row]
             gap = length - self._forked_at.get(branch, -self.min_gap)
             if value > self.threshold and gap >= self.min_gap:
@@ -216,9 +245,7 @@ class ForkOnEntropy(_ForkOnUncertainty):
         min_gap: tokens between two forks of a branch.
     """
 
-    def measure(self, scores: torch.Tensor) -> torch.Tensor:
-        logprobs = scores.log_softmax(-1)
-        return -(logprobs.exp() * logprobs.clamp_min(-1e4)).sum(-1)
+    statistic = 1
 
 
 class ForkOnVarentropy(_ForkOnUncertainty):
@@ -227,11 +254,7 @@ class ForkOnVarentropy(_ForkOnUncertainty):
     Arguments as of :class:`ForkOnEntropy`; the threshold is in nats squared.
     """
 
-    def measure(self, scores: torch.Tensor) -> torch.Tensor:
-        logprobs = scores.log_softmax(-1).clamp_min(-1e4)
-        probs = logprobs.exp()
-        entropy = -(probs * logprobs).sum(-1, keepdim=True)
-        return (probs * (logprobs + entropy).square()).sum(-1)
+    statistic = 2
 
 
 class ForkAtDelimiter(BranchingProcessor):
@@ -254,7 +277,7 @@ class ForkAtDelimiter(BranchingProcessor):
         self.distinct = distinct
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        for row, token in enumerate(input_ids[:, -1].tolist()):
+        for row, token in enumerate(self.batch.last_tokens or input_ids[:, -1].tolist()):
             if token in self.token_ids and self.batch.lengths[row]:
                 self.fork(row, self.children - 1, distinct=self.distinct)
         return scores
@@ -325,7 +348,11 @@ class PruneByRank(BranchingProcessor):
     def _values(self, rows: list[int], input_ids: torch.Tensor) -> list[float]:
         if self.score is None:
             return [self.batch.mean_logprob(row) for row in rows]
-        generated = [input_ids[row, -self.batch.lengths[row] :].tolist() for row in rows]
+        longest = max(self.batch.lengths[row] for row in rows)
+        tails = input_ids[rows, -longest:].tolist()
+        generated = [
+            tail[-self.batch.lengths[row] :] for row, tail in zip(rows, tails, strict=True)
+        ]
         values = [float(value) for value in self.score(generated)]
         if len(values) != len(rows) or any(value != value for value in values):
             raise NonFiniteScores(

@@ -22,7 +22,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -330,6 +330,40 @@ class GenerationTree:
             node = pending.pop()
             yield node
             pending.extend(reversed(self.nodes[node].children))
+
+    def of_prompt(self, prompt: int) -> tuple[GenerationTree, dict[int, int]]:
+        """Copy what descends from one prompt; the time depends on that part alone.
+
+        Returns:
+            The copy, and its node ids by the ids here.
+
+        Raises:
+            InvalidArgument: No such prompt.
+        """
+        if not 0 <= prompt < len(self._roots):
+            raise InvalidArgument(
+                f"GenerationTree.of_prompt(prompt={prompt}): the tree has "
+                f"{len(self._roots)} prompt(s). Give the index of one of them, from 0 on."
+            )
+        found = [self._roots[prompt]]
+        for i in found:
+            found.extend(self.nodes[i].children)
+        place = {old: new for new, old in enumerate(sorted(found))}
+        part = GenerationTree(self.tokenizer)
+        part._roots.append(place[self._roots[prompt]])
+        for node in map(self.nodes.__getitem__, place):
+            part.nodes.append(
+                replace(
+                    node,
+                    id=place[node.id],
+                    parent=None if node.parent is None else place[node.parent],
+                    prompt=0,
+                    tokens=list(node.tokens),
+                    logprobs=list(node.logprobs),
+                    children=[place[child] for child in node.children],
+                )
+            )
+        return part, place
 
     def check_integrity(self) -> None:
         """Assert that the nodes form one consistent tree per prompt."""

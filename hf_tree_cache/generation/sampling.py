@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
+
+from .options import Sampling
+from .sending import to_device
+from .uncertainty import Uncertainty
+
+HAS_TRITON = find_spec("triton") is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +22,7 @@ class Drawn:
 
     Attributes:
         tokens: int64 ``[R]``.
-        logprobs: ``[R]`` log-probs of the tokens under the model's own logits.
+        logprobs: float32 ``[R]``, log-probs of the tokens under the model's own logits.
         broken: bool ``[R]``, rows whose scores hold NaN, +inf or nothing but -inf; their token says
             nothing.
     """
@@ -23,78 +31,148 @@ class Drawn:
     logprobs: torch.Tensor
     broken: torch.Tensor
 
+    def pack(self, *more: torch.Tensor) -> torch.Tensor:
+        """float64 ``[3 + len(more), R]``: tokens, which it holds exactly, broken, log-probs, more.
+
+        One tensor, to be copied to the host at once.
+        """
+        columns = (self.tokens, self.broken, self.logprobs, *more)
+        return torch.stack([column.double() for column in columns])
+
 
 def draw_tokens(
     logits: torch.Tensor,
     scores: torch.Tensor,
-    do_sample: bool,
+    samplings: Sampling | Sequence[Sampling],
     distinct: Sequence[Sequence[int]] = (),
+    generator: torch.Generator | None = None,
+    uncertainty: Uncertainty | None = None,
 ) -> Drawn:
-    """:func:`choose_tokens` with what a loop wants to know of them, in as few passes as it takes.
+    """The next token of each row, with what a loop wants to know of it. The host does not wait.
+
+    Rows of one sampling draw as transformers' ``generate`` does, number for number, from the noise
+    that ``torch.multinomial`` would draw, as far as float32 tells the best two apart. On a GPU that
+    is one kernel after the noise, elsewhere transformers' own processors.
 
     Args:
         logits: ``[R, V]`` of the model.
-        scores: ``[R, V]`` processed logits, the same tensor where nothing was changed.
-    """
-    probs = scores.softmax(-1) if do_sample else None
-    tokens = choose_tokens(scores, do_sample, distinct, probs=probs)
-    picked = tokens[:, None]
-    # Softmax makes a whole row NaN where anything in it is not finite from above.
-    weights = (scores if probs is None else probs).gather(1, picked).squeeze(1)
-    if probs is not None and scores is logits:
-        logprobs = weights.log()
-    else:
-        logprobs = logits.log_softmax(-1).gather(1, picked).squeeze(1)
-    return Drawn(tokens, logprobs, ~weights.isfinite())
-
-
-def choose_tokens(
-    scores: torch.Tensor,
-    do_sample: bool,
-    distinct: Sequence[Sequence[int]] = (),
-    generator: torch.Generator | None = None,
-    probs: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The next token of each row.
-
-    Without ``distinct`` groups this draws as transformers' ``generate`` does, number for number.
-
-    Args:
-        scores: ``[R, V]`` processed logits; each row has something finite.
-        do_sample: sample, else take the best.
+        scores: ``[R, V]`` to draw from, the same tensor where nothing was changed.
+        samplings: of all rows, or of each.
         distinct: groups of rows with equal scores that get different tokens: sampled without
             replacement, or the best, second best and so on. Where fewer tokens are possible than
             rows ask, the rest repeat the first.
-        generator: draws the samples, default torch's global one.
-        probs: softmax of ``scores``, where it is known already.
-
-    Returns:
-        ``[R]`` int64.
+        generator: draws the noise, default torch's global one.
+        uncertainty: of ``logits``, where somebody may have measured it.
     """
-    if do_sample and probs is None:
-        probs = scores.softmax(-1)
-    tokens = scores.argmax(-1) if probs is None else _draw(probs, generator)
+    uncertainty = uncertainty or Uncertainty()
+    if isinstance(samplings, Sampling):
+        return _draw(logits, scores, samplings, distinct, generator, uncertainty)
+    if len(kinds := dict.fromkeys(samplings)) == 1:
+        return _draw(logits, scores, next(iter(kinds)), distinct, generator, uncertainty)
+    order, parts = [], []
+    for sampling in kinds:
+        here = [row for row, each in enumerate(samplings) if each == sampling]
+        place = {row: i for i, row in enumerate(here)}
+        index = to_device(here, logits.device)
+        apart = [[place[row] for row in group if row in place] for group in distinct]
+        part = scores[index]
+        raw = part if scores is logits else logits[index]
+        apart = [group for group in apart if len(group) > 1]
+        parts.append(_draw(raw, part, sampling, apart, generator, Uncertainty()))
+        order += here
+    back = to_device(sorted(range(len(order)), key=order.__getitem__), logits.device)
+    return Drawn(
+        torch.cat([part.tokens for part in parts])[back],
+        torch.cat([part.logprobs for part in parts])[back],
+        torch.cat([part.broken for part in parts])[back],
+    )
+
+
+def _draw(
+    logits: torch.Tensor,
+    scores: torch.Tensor,
+    sampling: Sampling,
+    distinct: Sequence[Sequence[int]],
+    generator: torch.Generator | None,
+    uncertainty: Uncertainty,
+) -> Drawn:
+    kernels = _kernels(scores)
+    if kernels is not None:
+        return _draw_by_kernel(kernels, logits, scores, sampling, distinct, generator, uncertainty)
+    raw = logits.float()
+    scores = raw if scores is logits else scores.float()
+    changed = sampling.process(scores)
+    if sampling.do_sample:
+        weights, nothing = changed.softmax(-1), 0.0
+        # The largest of p / Exp(1) is a sample (the exponential race, as good as Gumbel's), and
+        # the next ones are samples without replacement (Kool et al., 2019).
+        race = torch.empty_like(weights).exponential_(generator=generator)
+        torch.div(weights, race, out=race)
+    else:
+        weights, nothing = changed, -torch.inf
+        race = weights
+    tokens = race.argmax(-1)
     for group in distinct:
-        count = min(len(group), scores.shape[1])
-        if probs is None:
-            ranked = scores[group[0]].topk(count)
-            possible, chosen = ranked.values > -torch.inf, ranked.indices
-        else:
-            # Gumbel top-k: as sampling one after the other without replacement (Kool et al., 2019).
-            noise = torch.empty_like(probs[group[0]]).exponential_(generator=generator).log().neg()
-            ranked = (probs[group[0]].log() + noise).topk(count)
-            possible, chosen = ranked.values > -torch.inf, ranked.indices
-        chosen = torch.where(possible, chosen, chosen[0])
-        rows = torch.tensor(group[:count], device=tokens.device)
+        count = min(len(group), race.shape[1])
+        ranked = race[group[0]].topk(count)
+        chosen = torch.where(ranked.values > nothing, ranked.indices, ranked.indices[0])
+        rows = to_device(group[:count], tokens.device)
         tokens = tokens.index_copy(0, rows, chosen)
-    return tokens
+    picked = tokens[:, None]
+    # Softmax makes a whole row NaN where anything in it is not finite from above.
+    broken = ~weights.gather(1, picked).squeeze(1).isfinite()
+    if sampling.do_sample and changed is raw:
+        logprobs = weights.gather(1, picked).squeeze(1).log()
+    else:
+        logprobs = raw.log_softmax(-1).gather(1, picked).squeeze(1)
+    return Drawn(tokens, logprobs, broken)
 
 
-def _draw(probs: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """One sample of each row of ``probs [R, V]``: what ``torch.multinomial(probs, 1)`` draws.
+def _draw_by_kernel(
+    kernels: ModuleType,
+    logits: torch.Tensor,
+    scores: torch.Tensor,
+    sampling: Sampling,
+    distinct: Sequence[Sequence[int]],
+    generator: torch.Generator | None,
+    uncertainty: Uncertainty,
+) -> Drawn:
+    noise = None
+    if sampling.do_sample:
+        noise = torch.empty(scores.shape, device=scores.device)
+        noise.exponential_(generator=generator)
+    leaders = ranks = None
+    if distinct:
+        leaders, ranks = list(range(len(scores))), [0] * len(scores)
+        for group in distinct:
+            for rank, row in enumerate(group):
+                leaders[row], ranks[row] = group[0], rank
+    filters = {
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+    }
+    tokens, numbers, _ = kernels.draw(
+        scores,
+        noise,
+        leaders=leaders,
+        ranks=ranks,
+        **(filters if sampling.do_sample else {}),
+    )
+    logprobs = numbers[:, 0]
+    broken = logprobs.isnan()
+    if scores is not logits:
+        total = uncertainty.measured(logits)[:, 0]
+        logprobs = logits.gather(1, tokens[:, None]).squeeze(1).float() - total
+    return Drawn(tokens, logprobs, broken)
 
-    A row with NaN gives some token, where multinomial would stop the device.
-    """
-    # The largest of p / Exp(1) is a sample (the exponential race, as good as Gumbel's).
-    race = torch.empty_like(probs).exponential_(generator=generator)
-    return torch.div(probs, race, out=race).argmax(-1)
+
+def _kernels(scores: torch.Tensor) -> ModuleType | None:
+    """The module of the fused kernel, where it can draw from ``scores``."""
+    if not (HAS_TRITON and scores.is_cuda and scores.stride(1) == 1):
+        return None
+    from . import draw_kernel
+
+    fits = scores.dtype in draw_kernel.DTYPES and scores.shape[1] <= draw_kernel.MAX_VOCABULARY
+    return draw_kernel if fits else None

@@ -37,6 +37,7 @@ _MAX_REASON = 60
 _MAX_DEPTH = 16
 _OPEN_ALL = 80
 _OPEN_ROWS = 60
+_PLAIN_NODES = 100
 
 # Surprise (-log-prob) at which a token gets the next tint: p = 0.9, 0.7, 0.5, 0.25, 0.1, 0.01.
 _SURPRISES = (0.105, 0.357, 0.693, 1.386, 2.303, 4.605)
@@ -185,17 +186,26 @@ def render_html(
             f'<div class="more">… {selection.num_hidden:,} of {len(tree.nodes):,} nodes left out '
             f"(max_nodes={max_nodes})</div>"
         )
-    return frame("".join(parts) + footer)
+    plain = render_text(tree, tokenizer, 100, min(max_nodes, _PLAIN_NODES), labels)
+    return frame("".join(parts) + footer, plain)
 
 
-def frame(body: str, style: str = "") -> str:
+def frame(body: str, plain: str, style: str = "") -> str:
     """HTML in the colours and letters of these views, in a `<div>` that needs nothing else.
+
+    Where styles are taken out, as of a notebook that JupyterLab does not trust yet, the text is
+    seen instead.
 
     Args:
         body: What to show; its classes are those of this module's style.
+        plain: The same as text.
         style: More rules, for elements within ".htc".
     """
-    return f'<div class="htc"><style>{_STYLE}{style}</style>{body}</div>'
+    # JupyterLab takes out `hidden`, other readers of notebooks the style of an element.
+    return (
+        f'<div class="htc"><style>{_STYLE}{style}</style><pre class="plain">{escape(plain)}</pre>'
+        f'<div class="view" hidden style="display:none">{body}</div></div>'
+    )
 
 
 def head(title: str, chips: Iterable[tuple[str, str, str]], legend: bool = False) -> str:
@@ -358,7 +368,7 @@ def _headline(tree: GenerationTree) -> str:
 
 def _facts(node: GenerationNode, reason_width: int, label: str = "") -> str:
     """What stands behind a node's text in a terminal row."""
-    mean = f"{_mean(node.logprobs):.2f}" if node.logprobs else ""
+    mean = f"{_mean(node.logprobs):z.2f}" if node.logprobs else ""
     words = " · ".join(word for word in (label, node.reason) if word)
     reason = shorten(_visible(words), reason_width)
     return f"{len(node.tokens):6d} {mean:>6}  {reason}".rstrip()
@@ -498,7 +508,7 @@ def _label(node: GenerationNode) -> str:
     words = [f"#{node.id}", "prompt" if node.is_prompt else node.state]
     words.append(_count(len(node.tokens), "token"))
     if node.logprobs:
-        words.append(f"mean log-prob {_mean(node.logprobs):.2f}")
+        words.append(f"mean log-prob {_mean(node.logprobs):z.2f}")
     if node.reason is not None:
         words.append(shorten(_visible(node.reason), _MAX_REASON))
     return escape(" · ".join(words))
@@ -643,7 +653,7 @@ def _row(
         likely = 0.0 if math.isnan(mean) else math.exp(min(0.0, mean))
         facts.append(
             f'<span class="p" style="--p:{likely:.0%}" '
-            f'title="mean log-prob; bar: the probability it stands for">{mean:.2f}</span>'
+            f'title="mean log-prob; bar: the probability it stands for">{mean:z.2f}</span>'
         )
     facts.append(f'<span class="id">#{node.id}</span>')
     badge = "" if node.state == "forked" else _MARKERS[node.state]
@@ -694,7 +704,7 @@ def _spans(
         ids = " ".join(map(str, tokens[start:stop]))
         name = f'"t{tint}{mark}"' if mark else f"t{tint}"
         spans.append(
-            f'<i class={name} title="{text}&#10;{logprob:.2f} ({_percent(logprob)})'
+            f'<i class={name} title="{text}&#10;{logprob:z.2f} ({_percent(logprob)})'
             f' · id {ids}">{text}</i>'
         )
     return "".join(spans)
@@ -724,6 +734,7 @@ body[data-jp-theme-light="false"] .htc,body.vscode-dark .htc,
 body.vscode-high-contrast:not(.vscode-high-contrast-light) .htc,
 html[data-theme="dark"] .htc,html[theme="dark"] .htc{DARK}
 .htc *{box-sizing:border-box}
+.htc>.plain{display:none!important}.htc>.view{display:block!important}
 .htc .head{display:flex;flex-wrap:wrap;align-items:center;gap:6px;margin-bottom:10px}
 .htc .title{font-weight:650;font-size:14px;margin-right:6px}
 .htc .chip{padding:1px 9px;border-radius:99px;border:1px solid var(--line);
@@ -768,7 +779,7 @@ font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",mo
 color:var(--muted);font-size:11.5px;font-variant-numeric:tabular-nums;white-space:nowrap}
 .htc .m .alive,.htc .m .finished,.htc .m .pruned,.htc .why{color:var(--c)}
 .htc .forked>.m>.why{color:var(--muted)}
-.htc .why{max-width:16em;overflow:hidden;text-overflow:ellipsis}
+.htc .why{max-width:24em;overflow:hidden;text-overflow:ellipsis}
 .htc .k{min-width:4.2em;text-align:right}
 .htc .p{min-width:3.2em;padding-bottom:2px;text-align:right;
 background:linear-gradient(var(--forked),var(--forked)) right bottom/var(--p) 2px no-repeat}

@@ -138,7 +138,7 @@ def _attend(
             window=window,
             softcap=softcap,
             sinks=sinks,
-            reference=kv.backend == "reference",
+            backend=kv.backend,
         )
         return kv.guard(out, query, *key.expanded.weights)
     if kv.attend is not None:

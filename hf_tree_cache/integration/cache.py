@@ -171,14 +171,17 @@ class TreeCache(Cache):
                 "TreeCache(model.config, max_memory=...) or enable_tree_attention(model) first."
             )
         forked_from = self._fit_rows(num_rows)
-        counts = [num_new] * num_rows if counts is None else list(counts)
         try:
-            appended = self._memory.append(counts)
+            if num_new == 1 and counts is None:
+                appended = self._memory.append(None)
+            else:
+                counts = [num_new] * num_rows if counts is None else list(counts)
+                appended = self._memory.append(counts)
         except TreeCacheError:
             self._unfork(forked_from)
             raise
         self._end_step()
-        self._plan = build_plan(
+        self._plan = plan = build_plan(
             self.tree, counts, num_new, self._plan, deterministic=self.deterministic
         )
         self._odd_mask |= odd_mask
@@ -186,9 +189,9 @@ class TreeCache(Cache):
         self._step = Step(
             before=self._columns,
             num_new=num_new,
-            counts=counts,
-            plan=self._plan,
-            slots=appended.slots,
+            counts=plan.counts,
+            plan=plan,
+            appended=appended,
             read_tables=partial(_block_tables, self.tree),
             forked_from=forked_from,
             padding_known=padding_known and not self._odd_mask,
@@ -789,6 +792,6 @@ def _as_ints(indices: Any) -> list[int]:
     if isinstance(indices, torch.Tensor):
         indices = indices.tolist()
     chosen = list(indices)
-    if not all(isinstance(index, int) and not isinstance(index, bool) for index in chosen):
+    if any(not issubclass(kind, int) or kind is bool for kind in set(map(type, chosen))):
         raise InvalidArgument(f"select({chosen[:8]}...): give ints, one for each new row.")
     return chosen

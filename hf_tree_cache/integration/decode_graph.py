@@ -23,8 +23,8 @@ from .decode_call import Call, outward, read_call, without_cache
 from .fingerprint import find_hook, fingerprint
 from .layers import PagedLayer
 from .linears import DecodeLinears
-from .norms import DecodeNorms
 from .op_record import OpRecord, first_difference
+from .small_steps import SmallSteps
 from .static import StaticDecode, layouts
 from .step import NotCapturable, Step
 
@@ -175,7 +175,7 @@ class DecodeGraphs:
         self._compiled = _compiled_layers(model) if compile else None
         self._model = model
         self._linears = DecodeLinears((), join=False)
-        self._norms = DecodeNorms(())
+        self._small_steps = SmallSteps(())
         self._kinds: dict[Hashable, _Kind] = {}
         self._programs: dict[Call, _Program] = {}
         self._fingerprint: Hashable = None
@@ -194,7 +194,7 @@ class DecodeGraphs:
         """The output of a decode step; None if ``forward`` must be called as ever."""
         cache: Any = kwargs.get("past_key_values")
         step = cache.step if isinstance(cache, TreeCache) else None
-        if step is None or step.num_new != 1 or step.fresh or set(step.counts) != {1}:
+        if step is None or step.num_new != 1 or step.fresh or step.plan.grown is None:
             # Between prompts, weights may be loaded, adapters switched and hooks registered.
             self._place = None
             return None
@@ -232,8 +232,8 @@ class DecodeGraphs:
             with ExitStack() as stack:
                 stack.enter_context(cache.decode_through(static))
                 stack.enter_context(_without_padding_check(self._model))
-                stack.enter_context(self._linears.switched(learn=compiled is None))
-                stack.enter_context(self._norms.switched())
+                stack.enter_context(self._linears.switched())
+                stack.enter_context(self._small_steps.switched())
                 if compiled is not None:
                     stack.enter_context(compiled.swapped(static, cache.layers))
                 static.reset()
@@ -357,14 +357,14 @@ class DecodeGraphs:
         return self._look_at(cache)
 
     def _look_at_parts(self) -> None:
-        """Find the linears and norms anew, and join neighbours if layers are compiled."""
+        """Find what has ways of ours anew, and join neighbours if layers are compiled."""
         compiled = self._compiled
         if not (self._linears and self._linears.intact):
             self._linears = DecodeLinears(self._model.modules(), join=compiled is not None)
-        # Within compiled layers norms are the compiler's.
+        # Within compiled layers they are the compiler's.
         layers = [] if compiled is None else compiled.layers
         inside = {part for layer in layers for part in layer.modules()}
-        self._norms = DecodeNorms(part for part in self._model.modules() if part not in inside)
+        self._small_steps = SmallSteps(x for x in self._model.modules() if x not in inside)
 
 
 def _compiled_layers(model: nn.Module) -> CompiledLayers:
@@ -387,6 +387,9 @@ def _find_model_obstacle(model: nn.Module) -> str | None:
     """Why ``model`` cannot be captured as it is now; None if it can."""
     if len({parameter.device for parameter in model.parameters()}) != 1:
         return "the model is on several devices"
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        # Processes would have to capture together, and tree and addresses are their own.
+        return "the model is split over several processes"
     hooked = find_hook(model)
     return hooked and f"{hooked} has a forward hook, which a replay would not call"
 

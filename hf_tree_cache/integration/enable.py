@@ -31,6 +31,9 @@ OWN_ATTENTION = frozenset({"git", "deepseek_v4", "inkling2", "inkling2_text"})
 """Text models that say they use transformers' attention interface, and need what only their own
 attention does: additive masks, keys longer than the mask, sinks for each query."""
 
+CUTS_ITS_INPUT = frozenset({"cpmant"})
+"""Models that are given all tokens at every forward, and leave out what is cached by themselves."""
+
 
 def enable_tree_attention(
     model: nn.Module,
@@ -292,6 +295,11 @@ class _Hooks:
             raise UnsupportedModel(
                 f"{type(model).__name__} is an encoder-decoder: pass past_key_values="
                 "EncoderDecoderCache(TreeCache(), TreeCache()) instead of a bare TreeCache."
+            )
+        if model.config.model_type in CUTS_ITS_INPUT:
+            raise UnsupportedModel(
+                f"{type(model).__name__} is given all tokens every time, so which are new "
+                "TreeCache cannot know: use the cache that transformers makes for it."
             )
         cache.advise = False
         cache.configure(model.config)

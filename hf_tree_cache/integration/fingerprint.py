@@ -32,9 +32,21 @@ def _facts(model: nn.Module) -> Iterator[Any]:
         for held in (module._parameters, module._buffers, vars(module)):
             for value in held.values():
                 if isinstance(value, torch.Tensor):
-                    yield value.data_ptr()
+                    yield from _addresses(value)
         # PEFT's layers choose by attributes what their forward does.
         for name in ("active_adapters", "disable_adapters", "merged_adapters"):
             chosen = getattr(module, name, None) if "base_layer" in module._modules else None
             if chosen is not None:
                 yield tuple(chosen) if isinstance(chosen, list) else str(chosen)
+
+
+def _addresses(tensor: torch.Tensor) -> Iterator[int]:
+    """Of the memory of ``tensor``; quantised weights and DTensors wrap others and have none."""
+    inner = getattr(tensor, "__tensor_flatten__", None)
+    if inner is None:
+        yield tensor.data_ptr()
+        return
+    for name in inner()[0]:
+        part = getattr(tensor, name)
+        if isinstance(part, torch.Tensor):  # a DTensor also names its mesh
+            yield from _addresses(part)

@@ -174,6 +174,8 @@ class OtherLayers:
         return bool(self._with_state())
 
     def select(self, rows: Sequence[int]) -> None:
+        if not (self._linear or self._rest):
+            return
         order = torch.tensor(rows, dtype=torch.int64)
         for layer in self._linear:
             LinearAttentionLayer.reorder_cache(layer, order)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..linear.launch import MOST_ROWS, beginning, few_rows_linear, find_obstacle
+from ..forward.linear import MOST_ROWS, few_rows_linear, find_obstacle
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of neighbours that models apply to one input."""
@@ -45,7 +45,6 @@ class DecodeLinears:
             for children in groups
             if (group := _Group(children, join=join and len(children) > 1)).is_of_use
         ]
-        self._is_ordered = False
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -56,25 +55,14 @@ class DecodeLinears:
         return all(group.intact for group in self._groups)
 
     @contextmanager
-    def switched(self, *, learn: bool = False) -> Iterator[None]:
-        """Within, few rows take the kernel, and neighbours are computed together.
-
-        Args:
-            learn: note which weight is read after which, to ask for it in time from then on.
-        """
-        order: list[_Group] | None = [] if learn and not self._is_ordered else None
+    def switched(self) -> Iterator[None]:
+        """Within, few rows take the kernel, and neighbours are computed together."""
         for group in self._groups:
-            group.order = order
             group.switch(_DecodeLinear)
         try:
             yield
-            if order:
-                for group, after in itertools.pairwise(order):
-                    group.following = beginning(after.weights[0])
-                self._is_ordered = True
         finally:
             for group in self._groups:
-                group.order = None
                 group.switch(nn.Linear)
                 group.forget()
 
@@ -94,13 +82,13 @@ class _DecodeLinear(nn.Linear):
         is_small = group.takes_few and input.numel() <= MOST_ROWS * self.in_features
         if group.count == 1 or not (is_small or group.joined is not None):
             if is_small:
-                return group.compute_few(input)
+                return few_rows_linear(input, group.weights, group.biases)
             return nn.functional.linear(input, self.weight, self.bias)
         if group.x is not input:
             group.left = group.count
             group.x = input
             if is_small:
-                group.y = group.compute_few(input)
+                group.y = few_rows_linear(input, group.weights, group.biases)
             else:
                 assert group.joined is not None
                 group.y = nn.functional.linear(input, group.joined, group.joined_bias)
@@ -120,12 +108,7 @@ class _Group:
         takes_few: the kernel serves them.
         joined: the weight that they share, if they do.
         left: how many have not taken their part of ``y`` yet.
-        following: the beginning of the weight that is read next, if that is known.
-        order: where to note that this group was computed.
     """
-
-    following: torch.Tensor | None = None
-    order: list[_Group] | None = None
 
     def __init__(self, children: Sequence[nn.Linear], *, join: bool) -> None:
         self.children = list(children)
@@ -152,11 +135,6 @@ class _Group:
         now = [child.weight for child in self.children]
         now += [child.bias for child in self.children if child.bias is not None]
         return [x.data_ptr() for x in now] == [x.data_ptr() for x in self.weights + self.biases]
-
-    def compute_few(self, x: torch.Tensor) -> torch.Tensor:
-        if self.order is not None:
-            self.order.append(self)
-        return few_rows_linear(x, self.weights, self.biases, self.following)
 
     def forget(self) -> None:
         self.x: torch.Tensor | None = None

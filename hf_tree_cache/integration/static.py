@@ -10,7 +10,6 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..attention.buffers import IntBuffer
@@ -18,6 +17,7 @@ from ..attention.launch import Workspace, WorkspaceKey, find_obstacle
 from ..attention.plan import Window
 from ..memory.scatter import scatter_tokens
 from ..memory.storage import KVStorage
+from ..memory.tree import Grown, Longs
 from .step import LayerKV, NotCapturable, Step
 
 
@@ -44,7 +44,7 @@ class StaticDecode:
         for i, storage in enumerate(storages):
             if i == len(self._targets):
                 self._targets.append(_Target(storage.spec.device))
-            self._moves += self._targets[i].load(step.slots, storage, bucket)
+            self._moves += self._targets[i].load(step.plan.grown, storage, bucket)
         padded = replace(step, counts=[1] * bucket, padding_known=True)
         self._current = _Current(step, padded, list(storages), bucket)
         for (i, _), reader in self._readers.items():
@@ -155,17 +155,25 @@ class _Target:
 
     def __init__(self, device: torch.device) -> None:
         self._ints = IntBuffer(device)
+        self._last: tuple[object, int, Longs] | None = None
 
-    def load(self, slots: Sequence[Sequence[int]], storage: KVStorage, bucket: int) -> bool:
-        """Send the places of one token a row; whether the buffer had to move."""
-        ints, size, rows = self._ints, storage.block_size, len(slots)
+    def load(self, grown: Grown | None, storage: KVStorage, bucket: int) -> bool:
+        """Have the places of one new token a row; whether the buffer had to move."""
+        assert grown is not None
+        ints, rows = self._ints, len(grown.blocks)
         moved = ints.ensure(rows=1, k_blocks=bucket, v_blocks=bucket, offsets=bucket)
-        blocks, offsets = np.divmod(np.fromiter((slot for (slot,) in slots), np.int64, rows), size)
-        k_numbers, v_numbers = storage.numbers_of(blocks)
+        last, self._last = self._last, (grown.growth.mark, grown.tokens, grown.blocks)
+        if not moved and last is not None and last[0] is grown.growth.mark:
+            steps = grown.tokens - last[1]
+            if last[2] is grown.blocks and 0 <= steps < storage.block_size:
+                # All rows are within the blocks they were in.
+                ints["offsets"].add_(steps)
+                return False
+        k_numbers, v_numbers = storage.numbers_of(grown.blocks)
         ints.host("rows")[0] = rows
         ints.host("k_blocks")[:rows] = k_numbers
         ints.host("v_blocks")[:rows] = v_numbers
-        ints.host("offsets")[:rows] = offsets
+        ints.host("offsets")[:rows] = grown.offsets
         ints.send("rows", "offsets")
         return moved
 

@@ -12,6 +12,7 @@ import torch
 from ..attention.plan import TreeAttentionPlan
 from ..errors import HistoryFreed, StaleHandle, UnsupportedModel
 from ..memory.storage import KVStorage, SlabIndex
+from ..memory.tree import AppendPlan
 
 UNKNOWN_READER = "read outside of tree attention"
 """Why K/V were gathered when it was not our attention that asked."""
@@ -76,7 +77,7 @@ class Step:
         num_new: T, columns that this forward adds.
         counts: tokens that it adds to each row; fewer than T where a row begins with padding.
         plan: the attention work list.
-        slots: slots of the new tokens, row by row.
+        appended: where the new tokens go.
         read_tables: gives the block table of each row while the step is alive.
         forked_from: rows before an automatic fork, else None.
         padding_known: padding is exactly what the cache left out, so a 2-D mask says nothing new.
@@ -88,9 +89,9 @@ class Step:
 
     before: int
     num_new: int
-    counts: list[int]
+    counts: Sequence[int]
     plan: TreeAttentionPlan
-    slots: list[list[int]]
+    appended: AppendPlan
     read_tables: Callable[[], list[list[int]]]
     forked_from: int | None
     padding_known: bool
@@ -118,12 +119,15 @@ class Step:
         """Where new tokens go, and which of the B * T they are (None: all)."""
         key, device = storage.index_key, storage.spec.device
         if key not in self._write_indices:
-            written = [slot for row in self.slots for slot in row]
-            blocks = [slot // storage.block_size for slot in written]
-            assert storage.places is None or not storage.places.lack(blocks)
-            slots = storage.index_slots(written)
+            written = self.appended.flat_slots()
+            kept_all = storage.places is None or not storage.places.lack(
+                written // storage.block_size
+            )
+            assert kept_all
+            slots = storage.index_slots(torch.from_numpy(written))
             source = None
-            if min(self.counts, default=0) < self.num_new:
+            steady = self.num_new == 1 and self.plan.grown is not None
+            if not steady and min(self.counts, default=0) < self.num_new:
                 kept = [
                     row * self.num_new + column
                     for row, count in enumerate(self.counts)

@@ -84,7 +84,7 @@ class BlockPlaces:
         self._free = [place for place in self._free if place < self._end]
         heapq.heapify(self._free)
 
-    def lack(self, blocks: Sequence[int]) -> bool:
+    def lack(self, blocks: Sequence[int] | Longs) -> bool:
         """Whether any of ``blocks`` was forgotten."""
         return bool((self._table[blocks] == BLANK).any()) if len(blocks) else False
 

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
 from typing import Any, NewType
+
+import numpy as np
+import numpy.typing as npt
 
 from ..errors import IntegrityError, InvalidArgument, OutOfBlocks, StaleBranch
 from .allocator import PhysicalKVAllocator
 
 Branch = NewType("Branch", int)
 """A leaf-to-root path that can grow. Ids are never used twice, so a stale one is always noticed."""
+
+
+Longs = npt.NDArray[np.int64]
+
+
+class Clock:
+    """Tokens that rows have got since they began to grow together."""
+
+    __slots__ = ("tokens",)
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+
+_STILL = Clock()
 
 
 class Node:
@@ -22,33 +43,180 @@ class Node:
     block, either because it was copied on write or because its last owner took it over.
     """
 
-    __slots__ = ("blocks", "children", "end", "parent", "refs", "start")
+    __slots__ = ("_base", "_clock", "blocks", "children", "parent", "refs", "start")
 
-    def __init__(self, parent: Node | None, start: int, end: int, blocks: list[int]) -> None:
+    def __init__(self, parent: Node | None, start: int, end: int, blocks: Iterable[int]) -> None:
         self.parent = parent
         self.children: set[Node] = set()
         self.start = start
-        self.end = end
-        self.blocks = blocks
+        self._base = end
+        self._clock = _STILL
+        # Lists of work are made of many of these, joined as bytes.
+        self.blocks = array("i", blocks)
         self.refs = 0  # branches whose tip this is
+
+    @property
+    def end(self) -> int:
+        return self._base + self._clock.tokens
+
+    @end.setter
+    def end(self, end: int) -> None:
+        self._base = end - self._clock.tokens
+
+    def grow_with(self, clock: Clock, end: int) -> None:
+        """End at ``end`` now, and a token later with each tick of ``clock``."""
+        self._base, self._clock = end - clock.tokens, clock
 
     def __repr__(self) -> str:
         return f"Node({self.start}:{self.end}, refs={self.refs}, children={len(self.children)})"
 
 
+class Growth:
+    """Rows that get one token each at every step, while nothing else changes in the tree.
+
+    A step then moves a clock, and touches only the rows whose last block was full. With blocks of
+    four tokens and rows of 5, 8 and 7 tokens::
+
+        clock 0   5, 8, 7 tokens
+        clock 1   6, 9, 8        row 1 took a block
+        clock 2   7, 10, 9       row 2 took one
+
+    Attributes:
+        clock: counts the steps.
+        tips: node of each row.
+        base: int64 ``[B]``, tokens of each row when the clock was at 0.
+        blocks: int64 ``[B]``, the block with each row's last token; a new array when it changes.
+        counts: a 1 for each row.
+        mark: tells it from others without keeping nodes alive.
+    """
+
+    def __init__(
+        self, clock: Clock, tips: list[Node], base: Longs, blocks: Longs, block_size: int
+    ) -> None:
+        self.clock = clock
+        self.tips = tips
+        self.base = base
+        self.blocks = blocks
+        self.counts = (1,) * len(tips)
+        self.mark = object()
+        self._size = block_size
+
+    @property
+    def lengths(self) -> Longs:
+        """int64 ``[B]``, tokens of each row."""
+        return self.base + self.clock.tokens
+
+    def rows_at_bound(self, tokens: int) -> Longs:
+        """Rows whose blocks are full when the clock is at ``tokens``, ascending."""
+        order, bounds = self._fullness
+        left = tokens % self._size
+        return order[bounds[left] : bounds[left + 1]]
+
+    @cached_property
+    def _fullness(self) -> tuple[Longs, list[int]]:
+        """Rows in the order in which their blocks are full, and where each token's begin there."""
+        left = -self.base % self._size
+        order = np.argsort(left, kind="stable")
+        return order, np.searchsorted(left[order], np.arange(self._size + 1)).tolist()
+
+    def select(self, indices: Longs) -> Growth:
+        """Of the rows ``indices``, with the same clock."""
+        tips = list(map(self.tips.__getitem__, indices.tolist()))
+        return Growth(self.clock, tips, self.base[indices], self.blocks[indices], self._size)
+
+    def now(self) -> Grown:
+        return Grown(self, self.clock.tokens, self.blocks)
+
+
 @dataclass(frozen=True, slots=True)
+class _Paused:
+    """Rows that grew together until they were selected, and will again.
+
+    Attributes:
+        growth: of the rows as they are now.
+        suspects: bool ``[B]``, which may have a tip in common with others.
+    """
+
+    growth: Growth
+    suspects: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Grown:
+    """Rows after one step of a :class:`Growth`; stays as it is when they grow on.
+
+    Equal if it is the same step of the same rows.
+
+    Attributes:
+        growth: of the rows.
+        tokens: of its clock.
+        blocks: int64 ``[B]``, the block of each row's new token.
+    """
+
+    growth: Growth
+    tokens: int
+    blocks: Longs = field(compare=False)
+
+    @property
+    def lengths(self) -> Longs:
+        """int64 ``[B]``, tokens of each row."""
+        return self.growth.base + self.tokens
+
+    @property
+    def offsets(self) -> Longs:
+        """int64 ``[B]``, slot of each row's new token in its block."""
+        return (self.growth.base + (self.tokens - 1)) % self.growth._size
+
+    @property
+    def slots(self) -> Longs:
+        """int64 ``[B]``, slot of each row's new token."""
+        return self.blocks * self.growth._size + self.offsets
+
+    def rows_with_new_blocks(self, since: int) -> Longs:
+        """Rows that took a block after the clock was at ``since``, at most a block ago."""
+        assert 0 <= self.tokens - since <= self.growth._size
+        at_bound = [self.growth.rows_at_bound(tokens) for tokens in range(since, self.tokens)]
+        return at_bound[0] if len(at_bound) == 1 else np.concatenate([_NO_ROWS, *at_bound])
+
+
+_NO_ROWS = np.zeros(0, np.int64)
+
+
 class AppendPlan:
     """What has to be done with tensors after :meth:`BranchTree.append`.
 
+    Args:
+        new: slots of each row's new tokens, or one token more in every row.
+
     Attributes:
-        slots: for each row, the slots of its new tokens (``block * block_size + offset``).
         blocks: what was allocated.
         copies: (source block, destination block) pairs to copy before anything is written.
     """
 
-    slots: list[list[int]]
-    blocks: list[int]
-    copies: list[tuple[int, int]] = field(default_factory=list)
+    __slots__ = ("_new", "blocks", "copies")
+
+    def __init__(
+        self,
+        new: list[list[int]] | Grown,
+        blocks: Sequence[int] = (),
+        copies: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        self._new = new
+        self.blocks = blocks
+        self.copies = list(copies)
+
+    @property
+    def slots(self) -> list[list[int]]:
+        """For each row, the slots of its new tokens (``block * block_size + offset``)."""
+        if isinstance(self._new, Grown):
+            return [[slot] for slot in self._new.slots.tolist()]
+        return self._new
+
+    def flat_slots(self) -> Longs:
+        """int64, the slots of all new tokens, row after row."""
+        if isinstance(self._new, Grown):
+            return self._new.slots
+        return np.array([slot for row in self._new for slot in row], np.int64)
 
 
 class BranchTree:
@@ -84,6 +252,8 @@ class BranchTree:
         self.num_copies = 0
         self.topology_version = 0
         """Changes whenever the set of shared nodes or the rows do; plain growth leaves it alone."""
+        self._growth: Growth | None = None
+        self._paused: _Paused | None = None
         self._root = Node(None, 0, 0, [])
         self._tips: dict[Branch, Node] = {}
         self._next_id = 0
@@ -110,18 +280,27 @@ class BranchTree:
         rows = set(self.rows)
         return [branch for branch in self._tips if branch not in rows]
 
+    @property
+    def grown(self) -> Grown | None:
+        """The last append, if it gave one token to every row."""
+        return None if self._growth is None else self._growth.now()
+
     def length(self, branch: Branch) -> int:
         """Tokens stored for ``branch``."""
         return self._tip(branch).end
 
     def row_lengths(self) -> list[int]:
-        tips = self._tips
-        return [tips[branch].end for branch in self.rows]
+        known = self._known()
+        if known is not None:
+            return known.lengths.tolist()
+        return [tip.end for tip in self.tips()]
 
     def tips(self) -> list[Node]:
-        """The node where each row ends."""
-        tips = self._tips
-        return [tips[branch] for branch in self.rows]
+        """The node where each row ends; not to be changed."""
+        known = self._known()
+        if known is not None:
+            return known.tips
+        return list(map(self._tips.__getitem__, self.rows))
 
     def path(self, branch: Branch) -> list[Node]:
         """Nodes of ``branch`` from the first token on, without the empty root."""
@@ -162,7 +341,7 @@ class BranchTree:
             raise InvalidArgument(f"add_rows({count}): the count cannot be negative.")
         new = [self._new_branch(self._root) for _ in range(count)]
         self.rows.extend(new)
-        self.topology_version += 1
+        self._note_change()
         return new
 
     def fork(self, branch: Branch, count: int = 1, *, at: int | None = None) -> list[Branch]:
@@ -191,7 +370,7 @@ class BranchTree:
             return []
         node = self._node_ending_at(tip, position)
         self.num_forks += count
-        self.topology_version += 1
+        self._note_change()
         return [self._new_branch(node) for _ in range(count)]
 
     def prune(self, branch: Branch) -> None:
@@ -200,7 +379,7 @@ class BranchTree:
         if branch in self.rows:
             self.rows.remove(branch)
         self._end(branch, node)
-        self.topology_version += 1
+        self._note_change()
 
     def select(self, indices: Sequence[int]) -> None:
         """Make the batch ``[rows[i] for i in indices]``: the one primitive of batch surgery.
@@ -211,34 +390,35 @@ class BranchTree:
             InvalidArgument: an index outside of the batch; nothing has changed.
         """
         num_rows = len(self.rows)
-        if indices and not (min(indices) >= 0 and max(indices) < num_rows):
+        chosen = np.array(indices, np.int64)
+        if len(chosen) and not (chosen.min() >= 0 and chosen.max() < num_rows):
             raise InvalidArgument(
                 f"select: indices from {min(indices)} to {max(indices)} for {num_rows} rows."
             )
-        # Thousands of rows at each step of a wide beam: no calls but where something is freed.
-        old, tips, next_id = self.rows, self._tips, self._next_id
-        named = bytearray(num_rows)
-        rows: list[Branch] = []
-        for index in indices:
-            branch = old[index]
-            if named[index]:
-                node = tips[branch]
+        # Thousands of rows at each step of a wide beam: no calls but where something changes.
+        old, tips = self.rows, self._tips
+        rows = list(map(old.__getitem__, indices))
+        named = np.bincount(chosen, minlength=num_rows)
+        paused = self._carry_on(chosen, named > 1)
+        if len(chosen) and named.max() > 1:
+            order = np.argsort(chosen, kind="stable")
+            again = chosen[order[1:]] == chosen[order[:-1]]
+            for row in np.sort(order[1:][again]).tolist():
+                node = tips[rows[row]]
                 node.refs += 1
-                branch = Branch(next_id)
-                tips[branch] = node
-                next_id += 1
-            named[index] = 1
-            rows.append(branch)
-        self.num_forks += next_id - self._next_id
-        self._next_id, self.rows = next_id, rows
-        for branch, kept in zip(old, named, strict=True):
-            if not kept:
-                node = tips.pop(branch)
-                node.refs -= 1
-                self.num_prunes += 1
-                if not node.refs:
-                    self._tidy(node)
-        self.topology_version += 1
+                rows[row] = Branch(self._next_id)
+                tips[rows[row]] = node
+                self._next_id += 1
+                self.num_forks += 1
+        self.rows = rows
+        for row in np.flatnonzero(named == 0).tolist():
+            node = tips.pop(old[row])
+            node.refs -= 1
+            self.num_prunes += 1
+            if not node.refs:
+                self._tidy(node)
+        self._note_change()
+        self._paused = paused
 
     def set_rows(self, branches: Sequence[Branch]) -> None:
         """Make the batch exactly ``branches``; rows that are not among them are held, not pruned.
@@ -253,8 +433,18 @@ class BranchTree:
             raise InvalidArgument(
                 "set_rows: a branch is named twice; fork it to have it in two rows."
             )
+        known, paused = self._known(), None
+        if known is not None:
+            row_of = {branch: row for row, branch in enumerate(self.rows)}
+            chosen = np.array([row_of.pop(branch, -1) for branch in branches], np.int64)
+            for row in row_of.values():
+                # A held branch grows no more.
+                tip = known.tips[row]
+                tip.grow_with(_STILL, tip.end)
+            paused = None if (chosen < 0).any() else self._carry_on(chosen)
         self.rows = list(branches)
-        self.topology_version += 1
+        self._note_change()
+        self._paused = paused
 
     def append(self, counts: Sequence[int]) -> AppendPlan:
         """Make room for ``counts[i]`` new tokens in row i. All or nothing.
@@ -263,63 +453,125 @@ class BranchTree:
             OutOfBlocks: too few blocks are left; nothing has changed.
         """
         assert len(counts) == len(self.rows)
-        grown = self._grow_tips() if all(count == 1 for count in counts) else None
-        if grown is not None:
-            return grown
-        allocated = self._allocate(self._blocks_needed(counts))
+        if counts.count(1) == len(counts):
+            return self.grow()
+        tips = self.tips()
+        allocated = self._allocate(self._blocks_needed(enumerate(counts), tips))
         fresh = iter(allocated)
-        size, tips, allocator = self.block_size, self._tips, self.allocator
-        slots: list[list[int]] = []
+        self._growth = self._paused = None
         copies: list[tuple[int, int]] = []
-        for branch, count in zip(self.rows, counts, strict=True):
-            if count == 0:
-                slots.append([])
-                continue
-            tip = tips[branch]
-            start, end = tip.end, tip.end + count
-            offset = start % size
-            shared = tip.refs > 1 or bool(tip.children) or tip.parent is None
-            head = []
-            if offset and shared and self._must_copy(tip, tip.refs):
-                head = [next(fresh)]
-                copies.append((tip.blocks[-1], head[0]))
-            elif offset:
-                head = [tip.blocks[-1]]
-            blocks = head + [next(fresh) for _ in range(-(-end // size) - -(-start // size))]
-            slots.append(
-                [blocks[0] * size + offset]
-                if count == 1
-                else [blocks[i // size] * size + i % size for i in range(offset, offset + count)]
-            )
-            if not shared:
-                tip.blocks.extend(blocks[len(head) :])
-                tip.end = end
-                continue
-            if head and head[0] == tip.blocks[-1]:
-                allocator.acquire(head)
-            node = Node(tip, start, end, blocks)
-            node.refs = 1
-            tip.children.add(node)
-            tips[branch] = node
-            tip.refs -= 1
-            self._tidy(tip)
-            self.topology_version += 1
+        slots = [
+            self._append_to(branch, count, fresh, copies) if count else []
+            for branch, count in zip(self.rows, counts, strict=True)
+        ]
         self.num_copies += len(copies)
         return AppendPlan(slots, allocated, copies)
 
-    def _grow_tips(self) -> AppendPlan | None:
-        """:meth:`append` of one token to each row where all tips are their own; None elsewhere."""
-        tips, size = self.tips(), self.block_size
-        if any(tip.refs != 1 or tip.children or tip.parent is None for tip in tips):
-            return None
-        full = [tip for tip in tips if not tip.end % size]
-        blocks = self._allocate(len(full))
-        for tip, block in zip(full, blocks, strict=True):
-            tip.blocks.append(block)
-        slots = [[tip.blocks[-1] * size + tip.end % size] for tip in tips]
-        for tip in tips:
-            tip.end += 1
-        return AppendPlan(slots, blocks)
+    def grow(self) -> AppendPlan:
+        """:meth:`append` of one token to each row. While nothing else happens, a clock ticks.
+
+        Raises:
+            OutOfBlocks: too few blocks are left; nothing has changed.
+        """
+        growth = self._growth
+        if growth is None:
+            return self._begin_growth()
+        rows = growth.rows_at_bound(growth.clock.tokens)
+        blocks: list[int] = []
+        if len(rows):
+            blocks, tips = self._allocate(len(rows)), growth.tips
+            for row, block in zip(rows.tolist(), blocks, strict=True):
+                tips[row].blocks.append(block)
+            growth.blocks = growth.blocks.copy()
+            growth.blocks[rows] = blocks
+        growth.clock.tokens += 1
+        return AppendPlan(growth.now(), blocks)
+
+    def _begin_growth(self) -> AppendPlan:
+        """One token to each row, some of which may have to part."""
+        paused = self._paused
+        if paused is None:
+            growth, suspects = self._look_at_rows(), list(range(len(self.rows)))
+        else:
+            growth, suspects = paused.growth, np.flatnonzero(paused.suspects).tolist()
+        tips, clock = growth.tips, growth.clock
+        apart = [
+            row
+            for row in suspects
+            if tips[row].refs != 1 or tips[row].children or tips[row].parent is None
+        ]
+        full = growth.rows_at_bound(clock.tokens).tolist()
+        changed = full
+        if apart:
+            full = sorted(set(full).difference(apart))
+            changed = sorted(full + apart)
+        needed = self._blocks_needed(((row, 1) for row in apart), tips)
+        allocated = self._allocate(len(full) + needed)
+        fresh = iter(allocated)
+        copies: list[tuple[int, int]] = []
+        shared = set(apart)
+        for row in changed:
+            tip = tips[row]
+            if row not in shared:
+                tip.blocks.append(next(fresh))
+                continue
+            branch, end = self.rows[row], tip.end
+            self._append_to(branch, 1, fresh, copies)
+            tip.grow_with(_STILL, end)
+            tips[row] = self._tips[branch]
+            tips[row].grow_with(clock, end)
+        self.num_copies += len(copies)
+        growth.blocks = growth.blocks.copy()
+        growth.blocks[changed] = [tips[row].blocks[-1] for row in changed]
+        self._growth, self._paused = growth, None
+        clock.tokens += 1
+        return AppendPlan(growth.now(), allocated, copies)
+
+    def _look_at_rows(self) -> Growth:
+        """All rows, on a new clock; a tip without blocks of its own has block 0 for now."""
+        tips = self.tips()
+        ends = [tip.end for tip in tips]
+        blocks = [tip.blocks[-1] if tip.blocks else 0 for tip in tips]
+        clock = Clock()
+        for tip, end in zip(tips, ends, strict=True):
+            tip.grow_with(clock, end)
+        base = np.array(ends, np.int64)
+        return Growth(clock, tips, base, np.array(blocks, np.int64), self.block_size)
+
+    def _append_to(
+        self, branch: Branch, count: int, fresh: Iterator[int], copies: list[tuple[int, int]]
+    ) -> list[int]:
+        """Append to one branch, with blocks of ``fresh``; the slots of its new tokens.
+
+        Args:
+            copies: where a copy on write is noted.
+        """
+        size, tip = self.block_size, self._tips[branch]
+        start, end = tip.end, tip.end + count
+        offset = start % size
+        shared = tip.refs > 1 or bool(tip.children) or tip.parent is None
+        head: list[int] = []
+        if offset and shared and self._must_copy(tip, tip.refs):
+            head = [next(fresh)]
+            copies.append((tip.blocks[-1], head[0]))
+        elif offset:
+            head = [tip.blocks[-1]]
+        blocks = head + list(islice(fresh, -(-end // size) - -(-start // size)))
+        slots = [blocks[i // size] * size + i % size for i in range(offset, offset + count)]
+        if not shared:
+            tip.blocks.extend(blocks[len(head) :])
+            tip.end = end
+            return slots
+        if head and head[0] == tip.blocks[-1]:
+            self.allocator.acquire(head)
+        node = Node(tip, start, end, blocks)
+        node.refs = 1
+        tip.children.add(node)
+        self._tips[branch] = node
+        tip.refs -= 1
+        self._tidy(tip)
+        self._note_change()
+        return slots
 
     def truncate(self, branch: Branch, length: int) -> None:
         """Forget the tokens of ``branch`` from position ``length`` on.
@@ -334,7 +586,7 @@ class BranchTree:
             )
         if length == tip.end:
             return
-        self.topology_version += 1
+        self._note_change()
         if tip.refs == 1 and not tip.children and length > tip.start:
             keep = -(-length // self.block_size) - tip.start // self.block_size
             self.allocator.release(tip.blocks[keep:])
@@ -352,7 +604,7 @@ class BranchTree:
         for branch in list(self._tips):
             self._end(branch, self._tips[branch])
         self.rows = []
-        self.topology_version += 1
+        self._note_change()
 
     def nodes(self) -> Iterator[Node]:
         """Every node but the empty root, parents before children."""
@@ -376,7 +628,7 @@ class BranchTree:
         for node in self.nodes():
             assert node.parent is not None
             parent = twins[node.parent]
-            twins[node] = Node(parent, node.start, node.end, list(node.blocks))
+            twins[node] = Node(parent, node.start, node.end, node.blocks)
             parent.children.add(twins[node])
         for node, copy in twins.items():
             copy.refs = node.refs
@@ -391,7 +643,7 @@ class BranchTree:
         nodes = list(self.nodes())
         index = {node: i for i, node in enumerate(nodes)} | {self._root: -1}
         return {
-            "nodes": [[index[n.parent], n.start, n.end, n.blocks] for n in nodes if n.parent],
+            "nodes": [[index[n.parent], n.start, n.end, list(n.blocks)] for n in nodes if n.parent],
             "tips": [[branch, index[node]] for branch, node in self._tips.items()],
             "rows": list(self.rows),
         }
@@ -414,7 +666,7 @@ class BranchTree:
             allocator.allocate(len(set(owned)))
             made = [tree._root]
             for parent, start, end, blocks in state["nodes"]:
-                node = Node(made[parent + 1], start, end, list(blocks))
+                node = Node(made[parent + 1], start, end, blocks)
                 made[parent + 1].children.add(node)
                 made.append(node)
             allocator.acquire(owned)
@@ -455,7 +707,43 @@ class BranchTree:
             raise IntegrityError(f"the empty root is {self._root}")
         if len(set(self.rows)) != len(self.rows) or not all(row in self._tips for row in self.rows):
             raise IntegrityError(f"rows {self.rows} are not distinct live branches")
+        self._check_known()
         self.allocator.check_integrity(owners)
+
+    def _check_known(self) -> None:
+        """What is known of all rows is true."""
+        known = self._known()
+        if known is None:
+            return
+        tips = [self._tips[branch] for branch in self.rows]
+        ends, blocks = [tip.end for tip in tips], [tip.blocks[-1] for tip in tips]
+        if known.tips != tips or known.lengths.tolist() != ends:
+            raise IntegrityError(f"rows of {known.lengths} tokens are known, those of {ends} grow")
+        if known.blocks.tolist() != blocks:
+            raise IntegrityError(f"rows are known to end in blocks {known.blocks}, not {blocks}")
+        growing = {node for node in self.nodes() if node._clock is known.clock}
+        if not {tip for tip in tips if tip.refs == 1} <= growing <= set(tips):
+            raise IntegrityError(f"{len(growing)} nodes grow with {len(tips)} rows")
+
+    def _known(self) -> Growth | None:
+        """What is known of all rows, if anything is."""
+        return self._growth if self._paused is None else self._paused.growth
+
+    def _carry_on(
+        self, chosen: Longs, shared: npt.NDArray[np.bool_] | None = None
+    ) -> _Paused | None:
+        """What will be known of the rows ``chosen``, of which ``shared`` may be named twice."""
+        known = self._known()
+        if known is None:
+            return None
+        suspects = np.zeros(len(known.tips), np.bool_) if shared is None else shared
+        if self._paused is not None:
+            suspects = suspects | self._paused.suspects
+        return _Paused(known.select(chosen), suspects[chosen])
+
+    def _note_change(self) -> None:
+        self.topology_version += 1
+        self._growth = self._paused = None
 
     def _tip(self, branch: Branch) -> Node:
         try:
@@ -488,17 +776,21 @@ class BranchTree:
         partial = tip.blocks[-1]
         return refs > 1 or any(child.blocks[0] == partial for child in tip.children)
 
-    def _blocks_needed(self, counts: Sequence[int]) -> int:
-        """Blocks that ``append(counts)`` will allocate, copies on write included."""
-        size, tips = self.block_size, self._tips
+    def _blocks_needed(self, counts: Iterable[tuple[int, int]], tips: Sequence[Node]) -> int:
+        """Blocks that appending to rows will allocate, copies on write included.
+
+        Args:
+            counts: row and new tokens.
+        """
+        size = self.block_size
         left: dict[Node, int] = {}  # branches still on a shared tip once earlier rows have moved on
         needed = 0
-        for branch, count in zip(self.rows, counts, strict=True):
+        for row, count in counts:
             if count < 0:
-                raise InvalidArgument(f"append: {count} tokens for branch {branch}.")
+                raise InvalidArgument(f"append: {count} tokens for branch {self.rows[row]}.")
             if count == 0:
                 continue
-            tip = tips[branch]
+            tip = tips[row]
             start = tip.end
             needed += -(-(start + count) // size) - -(-start // size)
             if start % size and (tip.refs > 1 or tip.children):

@@ -44,8 +44,11 @@ class TreeMemory:
         self._history = WindowHistory(backtrack)
         self._max_blocks = max_blocks
 
-    def append(self, counts: Sequence[int]) -> AppendPlan:
+    def append(self, counts: Sequence[int] | None) -> AppendPlan:
         """:meth:`BranchTree.append`, after what no branch sees any more was let go.
+
+        Args:
+            counts: new tokens of each row; None is one for each, :meth:`BranchTree.grow`.
 
         Raises:
             OutOfBlocks: too few blocks are left; what is still needed has not changed.
@@ -55,13 +58,13 @@ class TreeMemory:
             self._history.forget(self.tree, self.pool.storages)
         self._set_bound()
         try:
-            appended = self.tree.append(counts)
+            appended = self._append(counts)
         except OutOfBlocks:
             if not self._history.forget(self.tree, self.pool.storages):
                 raise
             self._set_bound()
-            appended = self.tree.append(counts)
-        self._history.note(sum(counts))
+            appended = self._append(counts)
+        self._history.note(len(self.tree.rows) if counts is None else sum(counts))
         return appended
 
     def make_room(self, appended: AppendPlan) -> None:
@@ -174,6 +177,9 @@ class TreeMemory:
             if storage.num_blocks < needed:
                 raise IntegrityError(f"{needed} blocks, room for {storage.num_blocks}")
         self._history.check_integrity(self.tree, self.pool.storages)
+
+    def _append(self, counts: Sequence[int] | None) -> AppendPlan:
+        return self.tree.grow() if counts is None else self.tree.append(counts)
 
     def _set_bound(self) -> None:
         """How many blocks ``max_memory`` allows depends on how many are still kept."""

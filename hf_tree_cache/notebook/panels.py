@@ -64,7 +64,7 @@ class BranchView:
         kind = self.state.split(" ")[0]
         chips = [(kind, self.state, ""), ("", counted(count, "token"), "generated")]
         if count:
-            chips.append(("", f"log-prob {total:.2f}", f"{total / count:.3f} a token"))
+            chips.append(("", f"log-prob {total:z.2f}", f"{total / count:z.3f} a token"))
         if self.score is not None:
             chips.append(("", f"score {self.score:.3g}", ""))
         return chips
@@ -76,6 +76,7 @@ def branch_panel(view: BranchView, tokenizer: Any, text: str) -> Panel:
         head(view.name, view.facts, legend=True)
         + _folded("prompt", view.tokens[: view.start], tokenizer)
         + f'<div class="x text">{_tinted(view, view.start, tokenizer)}</div>',
+        text,
         _STYLE,
     )
     return Panel(html, text)
@@ -102,18 +103,20 @@ def compare_panel(left: BranchView, right: BranchView, tokenizer: Any) -> Panel:
     )
     title = f"{left.name} and {right.name}"
     chips = [("", f"{counted(shared, 'token')} in common", "prompt included")]
-    html = frame(
-        head(title, chips, legend=True)
-        + _folded("in common", left.tokens[:shared], tokenizer, ending=True)
-        + f'<div class="sides">{columns}</div>',
-        _STYLE,
-    )
     lines = [f"{title}: {counted(shared, 'token')} in common"]
     for view in (left, right):
         lines.append(f"--- {view.name} ({', '.join(text for _, text, _ in view.facts)})")
         context = view.tokens[max(0, shared - 8) : shared]
         lines.append(decoded(tokenizer, context, view.tokens[shared:]))
-    return Panel(html, "\n".join(lines))
+    text = "\n".join(lines)
+    html = frame(
+        head(title, chips, legend=True)
+        + _folded("in common", left.tokens[:shared], tokenizer, ending=True)
+        + f'<div class="sides">{columns}</div>',
+        text,
+        _STYLE,
+    )
+    return Panel(html, text)
 
 
 def kv_panel(
@@ -135,8 +138,9 @@ def kv_panel(
         ("finished" if saved else "", f"{saved:.0%} saved", ""),
         ("", f"{stats.copies:,} copies on write", "partial blocks copied so far"),
     ]
-    html = frame(head("K/V as stored", chips) + _icicle(cache, standing), _STYLE)
-    return Panel(html, f"K/V: {', '.join(text for _, text, _ in chips)}")
+    text = f"K/V: {', '.join(text for _, text, _ in chips)}"
+    html = frame(head("K/V as stored", chips) + _icicle(cache, standing), text, _STYLE)
+    return Panel(html, text)
 
 
 def in_bytes(number: float) -> str:

@@ -245,15 +245,15 @@ class SearchDriver:
         first: list[tuple[Task, Expand, Branch, int]] = []
         planned = dict.fromkeys((id(task) for task, _ in expansions), 0)
         for task, action in expansions:
-            self._check(task, action)
             count = action.count
             if self.budget.branches is not None:
                 free = self.budget.branches - task.branches - planned[id(task)]
-                count = min(count, free)
-            if count < action.count:
-                task.met = "branches"
-            if not count:
-                continue
+                if count > free:
+                    task.met, count = "branches", free
+                # Not checked: what was expanded in part may be asked for again, and is closed.
+                if not free:
+                    continue
+            self._check(task, action)
             planned[id(task)] += count
             node, base = task.search.nodes[action.node], task.held[action.node]
             if action.prefix or (action.keep and not action.distinct):

@@ -20,7 +20,7 @@ from ..integration.cache import TreeCache
 from ..integration.enable import enable_tree_attention, is_enabled
 from .answers import AnswerClasses, AnswerFunction, SameFunction, extract_answer, same_answer
 from .policy import SearchNode, SearchTree, conclude_vote
-from .result import EndedBy, Question, SearchCost, SearchResult, make_result, tree_of_prompt
+from .result import EndedBy, Question, SearchCost, SearchResult, make_result
 from .strategy import default_sampling, one_or_many
 
 
@@ -173,7 +173,7 @@ def _result(
     """The branches of one question as a search of one step each, and their vote."""
     search = SearchTree(question)
     search.root.state = "closed"
-    tree, place = tree_of_prompt(out.tree, prompt)
+    tree, place = out.tree.of_prompt(prompt)
     before = tree.tokens(tree.roots[0])
     leaves = {}
     for leaf, owner, reason in zip(out.leaves, out.prompts, out.finish_reasons, strict=True):

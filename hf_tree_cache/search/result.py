@@ -190,16 +190,3 @@ def make_result(
         cost=cost,
         search=search,
     )
-
-
-def tree_of_prompt(tree: GenerationTree, prompt: int) -> tuple[GenerationTree, dict[int, int]]:
-    """The part of ``tree`` that descends from one prompt, and its new node ids by the old ones."""
-    data = tree.to_dict()
-    kept = [node for node in data["nodes"] if node["prompt"] == prompt]
-    place = {node["id"]: i for i, node in enumerate(kept)}
-    for node in kept:
-        node["id"] = place[node["id"]]
-        node["parent"] = None if node["parent"] is None else place[node["parent"]]
-        node["children"] = [place[child] for child in node["children"]]
-        node["prompt"] = 0
-    return GenerationTree.from_dict({**data, "nodes": kept}, tree.tokenizer), place

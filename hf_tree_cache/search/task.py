@@ -9,7 +9,7 @@ from ..generation.options import Branch, Stop
 from ..generation.runner import BranchRunner
 from .answers import AnswerClasses, AnswerFunction
 from .policy import Action, Conclusion, Expand, SearchNode, SearchTree
-from .result import EndedBy, SearchCost, SearchResult, make_result, tree_of_prompt
+from .result import EndedBy, SearchCost, SearchResult, make_result
 from .scoring import Candidate
 
 
@@ -275,7 +275,7 @@ class Task:
     def result(self, found: Conclusion, cost: SearchCost) -> SearchResult:
         """What was found; the task has ended."""
         assert self.ended_by is not None
-        tree, place = tree_of_prompt(self.runner.tree, self.runner.prompt(self.root))
+        tree, place = self.runner.tree.of_prompt(self.runner.prompt(self.root))
         return make_result(
             self.search,
             found,

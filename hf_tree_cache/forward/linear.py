@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from triton import knobs
 
-from .kernel import few_rows_kernel
+from .kernels import few_rows_kernel
 
 MOST_ROWS = 64
 """With more rows a product is no longer bound by reading the weight."""
@@ -20,10 +20,6 @@ TILE_K = 128
 MOST_STAGES = 5
 MOST_SHARED = 164 << 10
 """Bytes of a program; small GPUs have less."""
-
-LINE = 128
-MOST_PREFETCHED = 16 << 20
-"""Bytes of a weight that are asked for while the one before it is used; they must fit in L2."""
 
 WIDE_TILE = 64
 NARROW_TILE = 32
@@ -54,7 +50,6 @@ def few_rows_linear(
     x: torch.Tensor,
     weights: list[torch.Tensor],
     biases: list[torch.Tensor],
-    following: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``x`` through linear layers with the same input, side by side.
 
@@ -62,7 +57,6 @@ def few_rows_linear(
         x: ``[..., K]``, of at most :data:`MOST_ROWS` rows.
         weights: one to three, each ``[N_i, K]`` contiguous, bfloat16 or float16.
         biases: as many, each ``[N_i]``; or none.
-        following: what the GPU will read from memory next, to be asked for in time.
 
     Returns:
         ``[..., sum of N_i]``, accumulated in float32.
@@ -79,15 +73,12 @@ def few_rows_linear(
     b = (biases + [biases[0]] * missing) if biases else w
     n = widths + [0] * missing
     grid = sum(-(-width // tile) for width in widths)
-    lines = 0 if following is None or not x.is_cuda else following.nbytes // LINE
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         few_rows_kernel[(grid,)](
             rows.contiguous(),
             *w,
             *b,
             y,
-            w[0] if following is None else following,
-            lines,
             len(rows),
             *n,
             K=size,
@@ -96,16 +87,10 @@ def few_rows_linear(
             TILE_K=TILE_K,
             STAGES=min(MOST_STAGES, _shared_bytes(x.device) // stage),
             BIAS=bool(biases),
-            LINES=1 << max(0, lines // grid).bit_length() if lines else 0,
             PRECISION="ieee",
             num_warps=4,
         )
     return y
-
-
-def beginning(weight: torch.Tensor) -> torch.Tensor:
-    """As much of ``weight``, flat, as is worth asking for in advance."""
-    return weight.view(-1)[: MOST_PREFETCHED // weight.element_size()]
 
 
 @cache
@@ -121,6 +106,5 @@ def _(
     x: torch.Tensor,
     weights: list[torch.Tensor],
     biases: list[torch.Tensor],
-    following: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], sum(len(weight) for weight in weights))

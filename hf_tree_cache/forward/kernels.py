@@ -1,0 +1,132 @@
+"""Kernels for what surrounds attention in a decode step, where a batch has a few rows.
+
+Prefixes as in :mod:`..attention.kernel`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def few_rows_kernel(
+    p_x,  # [rows, K]
+    p_w_0,  # [N_0, K], and so on: weights of layers that have the same input
+    p_w_1,
+    p_w_2,
+    p_b_0,  # [N_0]
+    p_b_1,
+    p_b_2,
+    p_y,  # [rows, N_0 + N_1 + N_2]
+    num_rows,
+    n_0,
+    n_1,
+    n_2,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,  # num_rows padded
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Linear layers: bound by reading their weights, which are read once, in order.
+
+    One program makes the outputs of a few rows of a weight, over all of its columns, so that
+    nothing is added up between programs.
+    """
+    i_tile = tl.program_id(0)
+    after_0 = tl.cdiv(n_0, TILE_N)
+    after_1 = after_0 + tl.cdiv(n_1, TILE_N)
+    is_0, is_2 = i_tile < after_0, i_tile >= after_1
+    p_w = tl.where(is_0, p_w_0, tl.where(is_2, p_w_2, p_w_1))
+    p_b = tl.where(is_0, p_b_0, tl.where(is_2, p_b_2, p_b_1))
+    n = tl.where(is_0, n_0, tl.where(is_2, n_2, n_1))
+    first = tl.where(is_0, 0, tl.where(is_2, after_1, after_0))
+    start = tl.where(is_0, 0, tl.where(is_2, n_0 + n_1, n_0))
+    o_n = (i_tile - first) * TILE_N + tl.arange(0, TILE_N)
+    o_row = tl.arange(0, ROWS)
+    o_k = tl.arange(0, TILE_K)
+    m_row = o_row[:, None] < num_rows
+    # Rows of the weight beyond its last are that one again: a mask would cost more.
+    p_ws = p_w + tl.minimum(o_n, n - 1).to(tl.int64)[:, None] * K + o_k[None, :]
+    p_xs = p_x + o_row[:, None] * K + o_k[None, :]
+    b_y = tl.zeros([ROWS, TILE_N], tl.float32)
+    for k in tl.range(0, K, TILE_K, num_stages=STAGES):
+        if K % TILE_K == 0:
+            b_w = tl.load(p_ws, eviction_policy="evict_first")  # [TILE_N, TILE_K]
+            b_x = tl.load(p_xs, mask=m_row, other=0.0)  # [ROWS, TILE_K]
+        else:
+            m_k = (k + o_k < K)[None, :]
+            b_w = tl.load(p_ws, mask=m_k, other=0.0, eviction_policy="evict_first")
+            b_x = tl.load(p_xs, mask=m_row & m_k, other=0.0)
+        b_y = tl.dot(b_x, tl.trans(b_w), b_y, input_precision=PRECISION)
+        p_ws += TILE_K
+        p_xs += TILE_K
+    m_n = o_n < n
+    if BIAS:
+        b_y += tl.load(p_b + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    p_ys = p_y + o_row[:, None] * (n_0 + n_1 + n_2) + start + o_n[None, :]
+    tl.store(p_ys, b_y.to(p_y.dtype.element_ty), mask=m_row & m_n[None, :])
+
+
+@triton.jit
+def rms_norm_kernel(
+    p_x,  # [rows, SIZE]
+    p_weight,  # [SIZE]
+    p_y,
+    eps,
+    SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """A program a row, in float32."""
+    o_n = tl.arange(0, PADDED)
+    m_n = o_n < SIZE
+    p_row = tl.program_id(0).to(tl.int64) * SIZE + o_n
+    b_x = tl.load(p_x + p_row, mask=m_n, other=0.0).to(tl.float32)
+    b_weight = tl.load(p_weight + o_n, mask=m_n, other=0.0).to(tl.float32)
+    scale = tl.math.rsqrt(tl.sum(b_x * b_x, 0) / SIZE + eps)
+    tl.store(p_y + p_row, (b_x * scale * b_weight).to(p_y.dtype.element_ty), mask=m_n)
+
+
+@triton.jit
+def rotary_kernel(
+    p_q,  # [rows, Hq, D], any strides but 1 for the last
+    p_k,  # [rows, Hkv, D]
+    p_cos,  # [rows, D]
+    p_sin,
+    p_q_out,  # [rows, Hq, D]
+    p_k_out,
+    stride_qb,
+    stride_qh,
+    stride_kb,
+    stride_kh,
+    HQ: tl.constexpr,
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,  # the larger number of heads, padded
+    HALF: tl.constexpr,  # D // 2, padded
+):
+    """Rotates the halves of each head against each other; a program a row and tensor."""
+    i_row = tl.program_id(0).to(tl.int64)
+    is_q = tl.program_id(1) == 0
+    o_h = tl.arange(0, HEADS)[:, None]
+    o_d = tl.arange(0, HALF)[None, :]
+    num_heads = tl.where(is_q, HQ, HKV)
+    m_d = o_d < D // 2
+    m_x = (o_h < num_heads) & m_d
+    p_x = tl.where(is_q, p_q + i_row * stride_qb, p_k + i_row * stride_kb)
+    p_x = p_x + o_h * tl.where(is_q, stride_qh, stride_kh) + o_d
+    p_y = tl.where(is_q, p_q_out, p_k_out) + (i_row * num_heads + o_h) * D + o_d
+    p_angle = i_row * D + o_d
+    b_first = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
+    b_second = tl.load(p_x + D // 2, mask=m_x, other=0.0).to(tl.float32)
+    b_cos = tl.load(p_cos + p_angle, mask=m_d, other=0.0).to(tl.float32)
+    b_sin = tl.load(p_sin + p_angle, mask=m_d, other=0.0).to(tl.float32)
+    b_y = b_first * b_cos - b_second * b_sin
+    tl.store(p_y, b_y.to(p_q_out.dtype.element_ty), mask=m_x)
+    b_cos = tl.load(p_cos + p_angle + D // 2, mask=m_d, other=0.0).to(tl.float32)
+    b_sin = tl.load(p_sin + p_angle + D // 2, mask=m_d, other=0.0).to(tl.float32)
+    b_y = b_second * b_cos + b_first * b_sin
+    tl.store(p_y + D // 2, b_y.to(p_q_out.dtype.element_ty), mask=m_x)

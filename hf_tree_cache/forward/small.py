@@ -1,0 +1,73 @@
+"""RMS norm and rotary embedding, each in one launch: what they serve, and else torch's way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+from triton import knobs
+
+from .kernels import rms_norm_kernel, rotary_kernel
+
+MOST_SIZE = 1 << 14
+"""Numbers of a row that one program holds."""
+
+HALF = (torch.bfloat16, torch.float16)
+
+Rotary = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Of the last dimension of ``x``, times ``weight [N]``; computed in float32, rounded once."""
+    if not _serves(x) or x.dtype != weight.dtype or len(weight) > MOST_SIZE:
+        return nn.functional.rms_norm(x, weight.shape, weight, eps)
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    size = len(weight)
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        rms_norm_kernel[(x.numel() // size,)](
+            x, weight, y, eps, SIZE=size, PADDED=1 << (size - 1).bit_length(),
+            num_warps=8 if size > 1024 else 4 if size > 256 else 1,
+        )  # fmt: skip
+    return y
+
+
+def make_rotary(theirs: Rotary) -> Rotary:
+    """``theirs``, with one launch for a decode step that rotates whole heads by halves.
+
+    Args:
+        theirs: of queries ``[B, Hq, T, D]``, keys ``[B, Hkv, T, D]``, and cosines and sines
+            ``[B, T, D]``; called wherever the kernel does not serve.
+    """
+
+    def rotary(
+        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if args or kwargs or not all(_serves(x) and x.stride(-1) == 1 for x in (q, k, cos, sin)):
+            return theirs(q, k, cos, sin, *args, **kwargs)
+        rows, num_q_heads, num_new, size = q.shape
+        angles = (rows, 1, size)
+        same = num_new == 1 and cos.shape == angles and sin.shape == angles
+        if not same or k.shape[2:] != q.shape[2:] or size % 2:
+            return theirs(q, k, cos, sin)
+        if {q.dtype, k.dtype, cos.dtype, sin.dtype} != {q.dtype}:
+            return theirs(q, k, cos, sin)
+        num_kv_heads = k.shape[1]
+        q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+        heads = max(num_q_heads, num_kv_heads)
+        with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+            rotary_kernel[(rows, 2)](
+                q, k, cos.contiguous(), sin.contiguous(), q_out, k_out,
+                q.stride(0), q.stride(1), k.stride(0), k.stride(1),
+                HQ=num_q_heads, HKV=num_kv_heads, D=size, HEADS=1 << (heads - 1).bit_length(),
+                HALF=1 << (size // 2 - 1).bit_length(), num_warps=4,
+            )  # fmt: skip
+        return q_out, k_out
+
+    return rotary
+
+
+def _serves(x: torch.Tensor) -> bool:
+    return x.dtype in HALF and (x.is_cuda or knobs.runtime.interpret)

@@ -1,0 +1,117 @@
+"""Runs the kernels of sampling in Triton's interpreter, and prints what went wrong as JSON.
+
+A script, for a process of its own: whether a kernel is interpreted is decided when it is imported.
+
+TRITON_INTERPRET=1 python tests/interpreted_draw.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from draws import SAMPLINGS, kept_by_kernel, kept_by_sorting, rows
+from triton import knobs
+
+from hf_tree_cache.generation import draw_kernel, uncertainty, uncertainty_kernel
+from hf_tree_cache.generation.draw_kernel import draw
+from hf_tree_cache.generation.options import Sampling
+
+
+def options(sampling: Sampling) -> dict[str, float]:
+    return {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+
+
+def check_draws(vocab: int, dtype: torch.dtype, names: Iterable[str]) -> Iterator[str]:
+    """What is kept, what is drawn from a noise, its log-prob."""
+    for name in names:
+        sampling, logits = SAMPLINGS[name], rows(vocab, dtype)
+        noise = torch.empty(logits.shape).exponential_()
+        tokens, numbers, cut = draw(logits, noise, **options(sampling))
+        want = kept_by_sorting(logits, sampling)
+        where = f"{name}, {vocab} x {dtype}"
+        if not torch.equal(kept_by_kernel(logits, sampling, numbers, cut), want):
+            yield f"{where}: kept {numbers[:, 3].tolist()} from {cut.tolist()}"
+        scores = (logits.float() / sampling.temperature).masked_fill(~want, -math.inf)
+        if not torch.equal(tokens, (scores.softmax(-1) / noise).argmax(-1)):
+            yield f"{where}: drew {tokens.tolist()}"
+        known = logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        if not torch.allclose(numbers[:, 0], known, atol=1e-5):
+            yield f"{where}: log-probs {numbers[:, 0].tolist()}"
+
+
+def check_ranks() -> Iterator[str]:
+    """Rows that share a noise get its best, its second best and so on."""
+    for greedy in (False, True):
+        for sampling in (Sampling(), Sampling(top_k=3)) if not greedy else (Sampling(),):
+            logits = torch.randn(1, 300).mul(2).round().expand(6, 300).contiguous()
+            noise = torch.empty(logits.shape).exponential_()
+            order = {"leaders": [0, 1, 0, 0, 0, 5], "ranks": [0, 0, 1, 2, 3, 0]}
+            tokens, _, _ = draw(logits, None if greedy else noise, **order, **options(sampling))
+            want = kept_by_sorting(logits, sampling)
+            race = logits.masked_fill(~want, -math.inf)
+            race = race if greedy else race.softmax(-1) / noise
+            ranked = race[0].sort(dim=-1, descending=True, stable=True).indices[:4].tolist()
+            if want[0].sum() < 4:
+                ranked[3] = ranked[0]
+            if [tokens[i].item() for i in (0, 2, 3, 4)] != ranked:
+                yield f"ranks {tokens.tolist()}, not {ranked}"
+            if tokens[5] != race[5].argmax():
+                yield f"a row of its own drew {tokens[5]}"
+
+
+def check_broken() -> Iterator[str]:
+    logits = torch.randn(4, 300)
+    logits[0, 7], logits[1, 7], logits[2] = math.nan, math.inf, -math.inf
+    noise = torch.empty(logits.shape).exponential_()
+    for name in ("as it is", "all"):
+        sampling = SAMPLINGS[name]
+        tokens, numbers, _ = draw(logits, noise, **options(sampling))
+        if numbers[:, 0].isnan().tolist() != [True, True, True, False]:
+            yield f"{name}: broken rows by {numbers[:, 0].tolist()}"
+        if not ((tokens >= 0) & (tokens < 300)).all():
+            yield f"{name}: tokens {tokens.tolist()}"
+
+
+def check_uncertainty() -> Iterator[str]:
+    uncertainty_kernel.TILE_BYTES = 1 << 10
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = rows(3_000, dtype)
+        ours, want = uncertainty_kernel.measure(logits), uncertainty.measure(logits)
+        if not torch.allclose(ours, want, atol=2e-4, rtol=1e-4):
+            yield f"uncertainty {ours.tolist()}, not {want.tolist()}"
+    logits[0, 3], logits[1, 3] = math.nan, math.inf
+    if not uncertainty_kernel.measure(logits)[:2].isnan().any(1).all():
+        yield "NaN and +inf were overlooked"
+
+
+def main() -> None:
+    assert knobs.runtime.interpret, "set TRITON_INTERPRET=1"
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    draw_kernel.ROW_TILE = 2
+    jobs = {
+        "7": check_draws(7, torch.float32, SAMPLINGS),
+        "600": check_draws(600, torch.bfloat16, ["temperature", "wide top-k", "top-p", "all"]),
+        "ranks": check_ranks(),
+        "broken": check_broken(),
+        "uncertainty": check_uncertainty(),
+    }
+    failures: list[str] = []
+    for name, job in jobs.items():
+        try:
+            failures += list(job)
+        except Exception:
+            failures.append(f"{name}: {traceback.format_exc(limit=-3)}")
+    print(json.dumps({"failures": failures}))
+
+
+if __name__ == "__main__":
+    main()
