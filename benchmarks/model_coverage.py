@@ -588,7 +588,7 @@ def _run_both(
 def _with_tree(
     model: PreTrainedModel, options: dict[str, Any], seen: Seen
 ) -> tuple[Any, TreeCache]:
-    cache = TreeCache(block_size=4, poison=True)
+    cache = TreeCache(block_size=4, poison=True, backtrack=0)
     with enable_tree_attention(model), watch(seen):
         ours = generate(model, past_key_values=cache, **options)
     cache.check_integrity()

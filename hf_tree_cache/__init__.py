@@ -3,6 +3,7 @@
 from .errors import (
     AdapterMismatch,
     BatchMismatch,
+    HistoryFreed,
     IntegrityError,
     InvalidArgument,
     NonFiniteScores,
@@ -66,6 +67,7 @@ __all__ = [
     "ForkOnEntropy",
     "ForkOnVarentropy",
     "GenerationTree",
+    "HistoryFreed",
     "IntegrityError",
     "InvalidArgument",
     "NonFiniteScores",

@@ -45,6 +45,11 @@ class OutOfBlocks(TreeCacheError, RuntimeError):
         self.free = free
 
 
+class HistoryFreed(TreeCacheError, LookupError):
+    """Tokens that layers with a window have let go were asked for: by a fork at an earlier token, a
+    crop, or a reader that looks further back than the window. The cache is as it was."""
+
+
 class ScatteredStorage(TreeCacheError, RuntimeError):
     """K/V that the device put too far apart for the fused kernel to reach from one address."""
 

@@ -10,11 +10,19 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from hf_tree_cache import (
     ForkAtPositions,
@@ -28,17 +36,7 @@ from hf_tree_cache import (
 def main() -> None:
     warnings.simplefilter("ignore")  # the interpreter divides by zero where values are masked
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    model = LlamaForCausalLM(config).eval()
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
+    model = tiny(LlamaConfig, LlamaForCausalLM)
     ids = torch.tensor([[0, 0, 7], [3, 5, 9]])
     options = {
         "attention_mask": (ids > 0).long(),
@@ -77,6 +75,40 @@ def main() -> None:
         logprobs = model(tokens).logits[0, -count - 1 : -1].log_softmax(-1)
         expected = logprobs.gather(1, tokens[0, -count:, None]).squeeze(1)
         assert (out.logprobs[row, :count] - expected).abs().max() < 1e-5
+    behind_a_window(compile)
+
+
+def tiny(config: type[PretrainedConfig], kind: type[PreTrainedModel], **options: int) -> Any:
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model: Any = kind(config(**sizes, **heads, **options)).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def behind_a_window(compile: bool) -> None:
+    """Steps go on through the same buffers while blocks are let go and their places reused."""
+    model = tiny(MistralConfig, MistralForCausalLM, sliding_window=5)
+    ids = torch.tensor([[0, 0, 7], [3, 5, 9]])
+    options: dict[str, Any] = {
+        "attention_mask": (ids > 0).long(),
+        "max_new_tokens": 24,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    dense = model.generate(ids, **options)
+    with enable_tree_attention(model, cuda_graphs=True, compile=compile) as handle:
+        cache = TreeCache(poison=True, block_size=4, backtrack=0)
+        ours = model.generate(ids, past_key_values=cache, **options)
+        cache.check_integrity()
+        assert not cache.dense_reads and not handle.graphs.eager
+    assert ours.sequences.tolist() == dense.sequences.tolist()
+    error = (torch.stack(ours.logits) - torch.stack(dense.logits)).abs().max()
+    assert error < 1e-5, error
+    (kind,) = cache.stats().kinds
+    assert kind.window == 5 and kind.blocks < cache.stats().blocks, cache.stats()
 
 
 if __name__ == "__main__":

@@ -31,7 +31,9 @@ class Joined:
         spec = storage.spec
         width = spec.k_head_dim + spec.v_head_dim
         self.spec = KVSpec(1, width, spec.k_head_dim, spec.dtype, spec.device)
-        self.block_size, self.slab_blocks = storage.block_size, storage.slab_blocks
+        self.block_size, self.forgets = storage.block_size, storage.forgets
+        self.index_blocks, self.index_slots = storage.index_blocks, storage.index_slots
+        self.index_key = storage.index_key
         self.storage = storage
 
     def gather_blocks(self, layer: int, blocks: SlabIndex) -> tuple[torch.Tensor, torch.Tensor]:

@@ -364,7 +364,7 @@ def test_a_run_beyond_every_window_is_not_read(kind: Any) -> None:
     q = torch.randn(3, 4, 2, 8, dtype=torch.float64)
     options = {"scale": 0.5, "window": Window(kind, 16)}
     want = tree_attention_reference(q, storage, 0, plan, **options)
-    storage.poison(run.blocks)
+    storage.release(run.blocks)
     check_same(tree_attention_torch(q, storage, 0, plan, **options), want, 1e-10)
 
 

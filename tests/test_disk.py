@@ -74,8 +74,8 @@ def test_files_that_do_not_fit_are_refused(saved, tmp_path):
         with pytest.raises(InvalidArgument, match=match):
             load_cache(other, config)
 
-    refused("version 1", version="9")
-    refused("version 1", format="pickle")
+    refused("version 2", version="9")
+    refused("version 2", format="pickle")
     refused("3 layers", config=build("llama", num_hidden_layers=4).config, num_layers="3")
     refused("damaged", tensors={k: v for k, v in tensors.items() if k != "layers.1.keys"})
     refused("blocks", tensors=tensors | {"layers.1.keys": tensors["layers.1.keys"][:2].clone()})

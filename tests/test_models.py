@@ -161,7 +161,9 @@ def test_wide_beams(name: str, how: str) -> None:
     ours, cache = run_with_tree(name, model(name, dtype), how, inputs, **options)
     assert_same(ours, theirs, tolerance)
     assert cache.stats().num_rows == 32
-    assert cache.stats().saving > 0.5
+    # Independent rows of layers with a window hold no more than that: 11 of 53 tokens here.
+    slides = all(kind.window is not None for kind in cache.stats().kinds)
+    assert cache.stats().saving > (0.2 if slides else 0.5)
 
 
 @varied

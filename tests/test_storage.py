@@ -121,7 +121,7 @@ def test_random_use_across_slabs_against_a_dict(spec: KVSpec, block_size: int) -
             naive.copy(pairs)
         else:
             blocks = rng.sample(range(BLOCKS), rng.randint(0, 3))
-            storage.poison(blocks)
+            storage.release(blocks)
             naive.poison(blocks)
         check_everything(storage, naive)
     for blocks in ([5], [2, 3, 4, 5], [0, 1, 2], [9, 0, 4, 4, 9], rng.choices(range(BLOCKS), k=20)):
@@ -151,7 +151,7 @@ def test_writing_and_gathering_nothing() -> None:
     k, v = draw(storage.spec, 0, 1)
     storage.write(0, slot_index(storage, []), None, k, v)
     storage.copy([])
-    storage.poison([])
+    storage.release([])
     assert storage.gather_slots(0, slot_index(storage, []))[0].shape == (0, 3, 20)
     assert storage.gather_blocks(0, block_index(storage, []))[1].shape == (0, 3, 3, 6)
     for ours, theirs in zip(slabs(storage), slabs(before), strict=True):
@@ -282,7 +282,7 @@ def test_new_slots_are_nan_when_a_storage_poisons() -> None:
 
 def test_poisoning_a_block_that_has_no_slab_yet_does_nothing() -> None:
     storage = storage_of(SPECS["fp32, equal dims"], 3, blocks=4)
-    storage.poison([3, 40])
+    storage.release([3, 40])
     assert storage.num_blocks == 4
 
 
@@ -303,7 +303,7 @@ def test_a_deep_copy_is_equal_and_apart(spec: KVSpec) -> None:
     for ours, theirs in zip(slabs(storage), slabs(twin), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
         assert ours.data_ptr() != theirs.data_ptr()
-    twin.poison(list(range(BLOCKS)))
+    twin.release(list(range(BLOCKS)))
     got = storage.gather_slots(1, slot_index(storage, slots))[0]
     torch.testing.assert_close(got, k[0].transpose(0, 1), rtol=0, atol=0)
     twin.ensure(60)
@@ -325,7 +325,7 @@ def test_slabs_made_in_inference_mode_are_written_and_copied_outside_of_it() -> 
         got = each.gather_slots(0, slot_index(each, [27, 28, 29, 30]))[0]
         want = torch.cat([k[0], more[0].detach()], 1).transpose(0, 1)
         torch.testing.assert_close(got, want)
-        each.poison([9])
+        each.release([9])
         assert bool(each.gather_slots(0, slot_index(each, [27]))[0].isnan().all())
 
 

@@ -95,7 +95,7 @@ def tree_attention_absorbed(
     """
     num_rows, heads = q.shape[:2]
     spec, device = storage.spec, storage.spec.device
-    key = "latent kernel", heads, device
+    key = "latent kernel", heads, storage.index_key
     if key not in plan.scratch:
         plan.scratch[key] = _make_work(plan, storage, heads)
     work: _Work = plan.scratch[key]
@@ -187,7 +187,7 @@ def _make_work(plan: TreeAttentionPlan, storage: KVStorage, heads: int) -> _Work
                 num_slots += queries
             row_list += rows
             block_list += blocks
-    k_numbers, v_numbers = (x.numpy()[block_list] for x in storage.block_numbers())
+    k_numbers, v_numbers = storage.numbers_of(np.array(block_list, np.int64))
     ptr = np.cumsum([0, *map(len, slots_of)])
 
     def send(values: object) -> torch.Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -126,8 +127,21 @@ class _View:
     def __init__(self, storage: KVReader, spec: KVSpec) -> None:
         self.spec = spec
         self.block_size = storage.block_size
-        self.slab_blocks = storage.slab_blocks
         self._storage = storage
+
+    @property
+    def index_key(self) -> tuple[Any, ...]:
+        return self._storage.index_key
+
+    @property
+    def forgets(self) -> bool:
+        return self._storage.forgets
+
+    def index_blocks(self, blocks: Sequence[int]) -> SlabIndex:
+        return self._storage.index_blocks(blocks)
+
+    def index_slots(self, slots: Sequence[int] | torch.Tensor) -> SlabIndex:
+        return self._storage.index_slots(slots)
 
     def gather_blocks(self, layer: int, blocks: SlabIndex) -> tuple[torch.Tensor, torch.Tensor]:
         return self._make(*self._storage.gather_blocks(layer, blocks))

@@ -105,6 +105,7 @@ class Workspace:
         self.work: WorkList | None = None
         self.grid: int | None = None
         self._last: _PlanMark | None = None
+        self._index_key: tuple[Any, ...] = ()
         self._begun = self._room = 0  # of the clock, at the last rebuild, and as far as it may run
         tiles = key.tiles or find_tiles(key)
         self._set = TileSet(
@@ -260,6 +261,7 @@ class Workspace:
         rows = grown.rows_with_new_blocks(grown.tokens - steps)
         if len(rows):
             places = work.tail_base[rows] + (grown.growth.base[rows] + grown.tokens - 1) // size
+            work.blocks[places] = grown.blocks[rows]
             numbers = self._put_numbers(storage, places, grown.blocks[rows])
             half = ints.capacity("list") // 2
             for offset in (0, half) if self._split else (0,):
@@ -272,6 +274,10 @@ class Workspace:
             if early.any():
                 records[items[early], work.items.shape[1] + offsets[early]] = numbers[early]
                 ints.send("items", "items")
+        if storage.index_key != self._index_key:
+            # Blocks before the window were let go: their places may be written anew.
+            self._put_all_numbers(storage)
+            ints.send("list", "items")
         now, then, each = self._growing
         torch.add(then, each, alpha=grown.tokens - self._begun, out=now)
 
@@ -333,10 +339,8 @@ class Workspace:
         ints.host("grows")[:num_items] = work.grows
         ints.host("part_ptr")[: num_queries + 1] = work.part_ptr
         ints.host("part_slots")[: work.num_slots] = work.part_slots
-        numbers = self._put_numbers(storage, slice(len(work.blocks)), work.blocks)
-        records = self._records(plan.block_size)
-        records[:, : FIELDS + 2 * width] = work.items
-        records[:, FIELDS + 2 * width :] = numbers[work.items[:, 1:2] + np.arange(first)]
+        self._records(plan.block_size)[:, : FIELDS + 2 * width] = work.items
+        self._put_all_numbers(storage)
         ints.send("sizes", "items")
 
     @property
@@ -360,13 +364,22 @@ class Workspace:
         self, storage: KVStorage, places: npt.NDArray[np.int64] | slice, blocks: npt.NDArray[Any]
     ) -> npt.NDArray[np.int32]:
         """Write the numbers of ``blocks`` to ``places`` of the list on the host; those of K."""
-        k_numbers, v_numbers = storage.block_numbers()
+        taken, v_numbers = storage.numbers_of(blocks)
         numbers = self._ints.host("list")
-        taken: npt.NDArray[np.int32] = k_numbers.numpy().take(blocks)
         numbers[places] = taken
         if self._split:
-            numbers[len(numbers) // 2 :][places] = v_numbers.numpy().take(blocks)
+            numbers[len(numbers) // 2 :][places] = v_numbers
         return taken
+
+    def _put_all_numbers(self, storage: KVStorage) -> None:
+        """The numbers of all blocks, on the host: in the list, and the first ones in records."""
+        work = self.work
+        assert work is not None
+        width, first = self._record_shape(storage.block_size)
+        numbers = self._put_numbers(storage, slice(len(work.blocks)), work.blocks)
+        records = self._records(storage.block_size)
+        records[:, FIELDS + 2 * width :] = numbers[work.items[:, 1:2] + np.arange(first)]
+        self._index_key = storage.index_key
 
     def _make_parts(self, num_slots: int, arrived: int, sync: int) -> None:
         device = self.key.spec.device

@@ -85,8 +85,7 @@ class _Layout:
 
 def _layout(plan: TreeAttentionPlan, storage: KVReader, columns: int) -> _Layout:
     """Made once for all layers."""
-    device = storage.spec.device
-    key = ("columns", columns, device)
+    key = ("columns", columns, storage.index_key)
     if key not in plan.scratch:
         plan.scratch[key] = _make_layout(plan, storage, columns)
     layout: _Layout = plan.scratch[key]
@@ -107,7 +106,7 @@ def _make_layout(plan: TreeAttentionPlan, storage: KVReader, columns: int) -> _L
             )
             for first, rows in rows_of.items()
         ]
-        runs.append((SlabIndex.of(run.blocks, storage.slab_blocks, device), places))
+        runs.append((storage.index_blocks(run.blocks), places))
     width = plan.max_tail
     # Short tails repeat a written slot: an unwritten one may hold NaN, and 0 * NaN is NaN.
     written = next((blocks[0] * size for blocks in plan.tail_blocks if blocks), 0)
@@ -117,7 +116,7 @@ def _make_layout(plan: TreeAttentionPlan, storage: KVReader, columns: int) -> _L
         slots += [written] * (width - len(tail)) + tail
         own.append([column >= width - len(tail) for column in range(width)])
     mask = None if all(map(all, own)) else torch.tensor(own, device=device)[:, None, None]
-    index = SlabIndex.of(slots, storage.slab_blocks * size, device)
+    index = storage.index_slots(slots)
     return _Layout(runs, width, index, mask)
 
 

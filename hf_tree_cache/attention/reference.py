@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..memory.storage import KVReader, SlabIndex
+from ..memory.storage import KVReader
 from .plan import TreeAttentionPlan, Window
 
 
@@ -40,9 +40,7 @@ def tree_attention_reference(
     out = q.new_zeros(num_rows, num_q_heads, num_new, storage.spec.v_head_dim)
     lse = torch.full((num_rows, num_q_heads, num_new), -torch.inf, device=q.device)
     for row in range(num_rows):
-        slots = SlabIndex.of(
-            _row_slots(plan, row), storage.slab_blocks * storage.block_size, storage.spec.device
-        )
+        slots = storage.index_slots(_row_slots(plan, row))
         k, v = (x.double().repeat_interleave(group, 1) for x in storage.gather_slots(layer, slots))
         positions = torch.arange(plan.lengths[row], device=q.device)
         for back in range(plan.counts[row], 0, -1):

@@ -105,7 +105,7 @@ class _Columns:
             shape, dtype = self.q.shape[:4], torch.promote_types(self.q.dtype, torch.float32)
             lse = self.q.new_full(shape, -torch.inf, dtype=dtype)
             return lse.new_zeros((*shape, storage.spec.v_head_dim)), lse
-        slots, hidden = self._remember(("tails", storage.spec.device), _read_tails, storage)
+        slots, hidden = self._remember(("tails", storage.index_key), _read_tails, storage)
         k, v = (
             x.unflatten(0, (len(self.q), -1)).transpose(1, 2)
             for x in storage.gather_slots(layer, slots)
@@ -115,11 +115,13 @@ class _Columns:
 
     def _run(self, storage: KVReader, layer: int, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
         """Partial ``[R, Hkv, G, T, Dv]`` and ``[R, Hkv, G, T]`` of the R rows of ``run``."""
-        device = storage.spec.device
-        index = self.plan.scratch.get((run, device))
+        run = self._within(run)
+        # Plans hand indices of whole runs on to the next; a window moves, and lets blocks go.
+        key = (run,) if self.window is None and not storage.forgets else ("run", run)
+        index = self.plan.scratch.get((*key, storage.index_key))
         if index is None:
-            index = SlabIndex.of(run.blocks, storage.slab_blocks, device)
-            self.plan.scratch[run, device] = index
+            index = storage.index_blocks(run.blocks)
+            self.plan.scratch[*key, storage.index_key] = index
         hidden = self._remember((run.rows, run.start, storage.spec.device), _read_run, storage, run)
         k, v = (x.flatten(0, 1).transpose(0, 1)[None] for x in storage.gather_blocks(layer, index))
         q = self.q[self._rows(run, storage)]
@@ -148,11 +150,23 @@ class _Columns:
         return out.to(lse.dtype), lse
 
     def _sees(self, run: Run) -> bool:
-        if self.window is None:
-            return True
         end = run.start + len(run.blocks) * self.plan.block_size
+        return end > self._first_visible(run)
+
+    def _within(self, run: Run) -> Run:
+        """``run`` without the blocks before the window of all its rows."""
+        hidden = (self._first_visible(run) - run.start) // self.plan.block_size
+        if hidden <= 0:
+            return run
+        start = run.start + hidden * self.plan.block_size
+        return Run(run.rows, start, run.blocks[hidden:])
+
+    def _first_visible(self, run: Run) -> int:
+        """The first position that any query of the rows of ``run`` sees."""
+        if self.window is None:
+            return 0
         lowest = min(self.plan.lengths[row] for row in run.rows) - self.plan.num_new + self.first
-        return end > self.window.first_visible(lowest)
+        return self.window.first_visible(lowest)
 
     def positions(self, rows: tuple[int, ...]) -> torch.Tensor:
         """``[R, T]`` int64, position of each query of ``rows``; padding lies before its row."""
@@ -193,7 +207,7 @@ def _read_tails(columns: _Columns, storage: KVReader) -> tuple[SlabIndex, _Hidde
     hidden = keys[:, None, :] > queries[:, :, None]
     if columns.window is not None:
         hidden |= keys[:, None, :] < columns.window.first_visible(queries)[:, :, None]
-    index = SlabIndex.of(slots, storage.slab_blocks * size, device)
+    index = storage.index_slots(slots)
     if not bool(hidden.any()):
         return index, None
     # A query sees itself, so only padding sees nothing, and that is blanked in the end.

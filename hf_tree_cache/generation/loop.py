@@ -368,7 +368,7 @@ class _Run:
         stats.tokens_generated = tree.num_tokens
         stats.tokens_flat = tree.num_tokens_flat
         longest = max((len(sequence) for sequence in sequences), default=0)
-        stats.dense_kv_bytes = len(leaves) * longest * self.cache.token_bytes
+        stats.dense_kv_bytes = self.cache.dense_bytes([longest] * len(leaves))
         return TreeGenerateOutput(
             sequences=_pad(sequences, 0 if pad is None else int(pad)).to(input_ids.device),
             logprobs=_pad(logprobs, float("nan")).to(input_ids.device),

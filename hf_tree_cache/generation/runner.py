@@ -47,7 +47,8 @@ class BranchRunner:
     Args:
         model: a decoder model of transformers (or PEFT around one), in eval mode.
         tokenizer: for prompts and stop strings in words, and for ``text``.
-        cache: an empty TreeCache with bounds or a backend of your choice; default a new one.
+        cache: an empty TreeCache with bounds or a backend of your choice; default a new one that
+            keeps every token in layers with a window, too (``backtrack=None``).
         sampling: of branches that are extended without one; default the generation config's.
         seed: makes samples reproducible; default torch's global generator, as ``generate`` has it.
         processors: logits processors that see every step of every branch before it is sampled, one
@@ -89,7 +90,8 @@ class BranchRunner:
             raise InvalidArgument(f"BranchRunner(max_branches={max_branches}): give at least 1.")
         self.model = base
         self.tokenizer = tokenizer
-        self.cache = TreeCache(base.config) if cache is None else cache
+        # Forks at any token are what a runner is for.
+        self.cache = TreeCache(base.config, backtrack=None) if cache is None else cache
         if self.cache.tree.branches:
             raise InvalidArgument(
                 f"BranchRunner(cache=...): this cache holds {len(self.cache.tree.branches)} "
@@ -160,6 +162,7 @@ class BranchRunner:
         Raises:
             StaleBranch: ``branch`` has ended.
             InvalidArgument: a count below 0, ``at`` outside of the branch, ``max_branches``.
+            HistoryFreed: an earlier token, beyond the ``backtrack`` of the cache.
             UnsupportedModel: an earlier token of a model with linear-attention states.
         """
         parent = self._ledger.get_live("fork", branch)

@@ -81,6 +81,8 @@ def tree_attention_forward(
         return out, None
     assert not isinstance(value, CompiledKV)
     if isinstance(key, PagedKV) and isinstance(value, PagedKV) and key.source is value.source:
+        if key.source.storage.forgets:
+            key.source.note_read(_reach(attention_mask))
         window, obstacle = _find_obstacle(module, query, key, attention_mask, dropout, kwargs)
         if obstacle is None:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -193,6 +195,24 @@ def _find_obstacle(
     if not step.padding_known and not mask.all_tokens:
         return None, "padding"
     return window, None
+
+
+def _reach(mask: torch.Tensor | TreeMask | None) -> int | None:
+    """Tokens that ``mask`` lets a query look back to at most; None where that is not known.
+
+    A tensor is read, which waits for a GPU: models that cut masks have one in a prompt.
+    """
+    if isinstance(mask, TreeMask):
+        recognised, window = mask.pattern
+        return window.size if recognised and window is not None else None
+    if mask is None or mask.ndim != 4:
+        return None
+    lowest = torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else 0
+    seen = mask > lowest
+    num_new, columns = mask.shape[2:]
+    own = torch.arange(columns - num_new, columns, device=mask.device)
+    reach = (own + 1 - seen.int().argmax(-1)).masked_fill(~seen.any(-1), 0)
+    return int(reach.max())
 
 
 def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,6 @@ import torch
 from transformers import PretrainedConfig
 from transformers.cache_utils import (
     Cache,
-    DynamicCache,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionCacheLayerMixin,
 )
@@ -30,23 +29,18 @@ from ..errors import (
     TreeCacheError,
     UnsupportedModel,
 )
-from ..memory.allocator import PhysicalKVAllocator
-from ..memory.pool import StoragePool
 from ..memory.storage import KVSpec, KVStorage
 from ..memory.tree import Branch, BranchTree
+from ..memory.tree_memory import TreeMemory
 from .handles import PagedKV
-from .layers import OtherLayers, PagedLayer, is_known_layer, translate_layer
-from .stats import TreeCacheStats
+from .layers import OtherLayers, PagedLayer, make_layers
+from .stats import KindStats, TreeCacheStats
 from .step import UNKNOWN_READER, DenseView, LayerKV, Step, gather_dense
 
 if TYPE_CHECKING:
     from .static import StaticDecode  # needs Triton
 
 logger = logging.get_logger(__name__)
-
-
-STATES_IN_MODULES = frozenset({"recurrent_gemma"})
-"""Model types whose recurrent states are not in the cache."""
 
 
 class TreeCache(Cache):
@@ -64,19 +58,22 @@ class TreeCache(Cache):
             that run without :func:`enable_tree_attention`, which configures a bare cache from its
             model.
         block_size: token slots of a block.
-        max_blocks: most blocks in use at a time.
+        max_blocks: most blocks in use at a time, whether or not all layers keep them.
         max_memory: most bytes of K/V in use at a time, over all layers; needs a known config.
+        backtrack: tokens that every branch can be taken back by at any time, with ``fork(at=)`` or
+            :meth:`crop`, beyond those of the last forward. Layers with a sliding or chunked window
+            let go what lies further back than that from the window of every branch; None keeps
+            everything, so that one can go back anywhere. Without such layers it changes nothing.
         backend: attention backend, see :func:`hf_tree_cache.attention.dispatch.choose_backend`.
         deterministic: with the fused kernel, a branch's attention does not depend on its siblings,
             bit for bit; slower where much is shared.
         poison: fill free slots with NaN. For tests: a read of what was never written then shows.
 
     Raises:
-        InvalidArgument: a bound or block size below 1, an unknown backend, something that is not
-            a config.
+        InvalidArgument: a bound or block size below 1, a negative ``backtrack``, an unknown
+            backend, something that is not a config.
 
     Attributes:
-        tree: who shares what; read it freely, change it only through the cache.
         dense_reads: how often, and why, a layer's K/V had to be gathered into dense tensors.
         advise: say once how to make dense reads unnecessary.
     """
@@ -90,6 +87,7 @@ class TreeCache(Cache):
         block_size: int = 16,
         max_blocks: int | None = None,
         max_memory: int | None = None,
+        backtrack: int | None = 256,
         backend: str | None = None,
         deterministic: bool = False,
         poison: bool = False,
@@ -102,11 +100,10 @@ class TreeCache(Cache):
         self.block_size = block_size
         self.backend = choose_backend(backend)
         self.deterministic = deterministic
-        self.tree = BranchTree(block_size, PhysicalKVAllocator(max_blocks, track_freed=poison))
         self.dense_reads: Counter[str] = Counter()
         self.advise = True
-        self._pool = StoragePool(block_size, max_memory=max_memory, poison=poison)
-        self._max_blocks = max_blocks
+        bounds = {"max_blocks": max_blocks, "max_memory": max_memory, "backtrack": backtrack}
+        self._memory = TreeMemory(block_size, **bounds, poison=poison)
         self._configured = False
         self._columns = 0
         self._step: Step | None = None
@@ -130,24 +127,7 @@ class TreeCache(Cache):
         """
         if self.layers:
             return
-        if config.model_type in STATES_IN_MODULES:
-            raise UnsupportedModel(
-                f"{config.model_type} keeps states in its modules, where no cache can fork or "
-                "select them: use the cache that transformers makes for it."
-            )
-        layers = [translate_layer(self, layer) for layer in DynamicCache(config=config).layers]
-        unknown = {type(layer).__name__ for layer in layers if not is_known_layer(layer)}
-        if unknown:
-            raise UnsupportedModel(
-                f"{config.model_type} has cache layers that TreeCache does not know "
-                f"({', '.join(sorted(unknown))}): use the cache that transformers makes for it."
-            )
-        if not any(isinstance(layer, PagedLayer) for layer in layers):
-            raise UnsupportedModel(
-                f"{config.model_type} has no attention layer with a K/V cache, so there is nothing "
-                "to share: use the cache that transformers makes for it."
-            )
-        self.layers = layers
+        self.layers = make_layers(self, config)
         self._configured = True
 
     def begin(
@@ -185,7 +165,7 @@ class TreeCache(Cache):
                 "A forward failed half way and left the linear-attention states of this model "
                 "ahead of its K/V. Call reset() and run the prompt again."
             )
-        if self._pool.max_memory is not None and not self._configured:
+        if self._memory.pool.max_memory is not None and not self._configured:
             raise InvalidArgument(
                 "TreeCache(max_memory=...) must know the model's layers: pass "
                 "TreeCache(model.config, max_memory=...) or enable_tree_attention(model) first."
@@ -193,10 +173,10 @@ class TreeCache(Cache):
         forked_from = self._fit_rows(num_rows)
         try:
             if num_new == 1 and counts is None:
-                appended = self.tree.grow()
+                appended = self._memory.append(None)
             else:
                 counts = [num_new] * num_rows if counts is None else list(counts)
-                appended = self.tree.append(counts)
+                appended = self._memory.append(counts)
         except TreeCacheError:
             self._unfork(forked_from)
             raise
@@ -220,11 +200,10 @@ class TreeCache(Cache):
         )
         self._columns += num_new
         try:
-            self._pool.ensure(self.tree.allocator.num_blocks)
+            self._memory.make_room(appended)
         except OutOfBlocks:
             self._undo()
             raise
-        self._pool.copy(appended.copies)
         return self._step
 
     def expect(self, counts: Sequence[int] | None) -> None:
@@ -301,6 +280,11 @@ class TreeCache(Cache):
         return PagedKV(kv, 0), PagedKV(kv, 1)
 
     @property
+    def tree(self) -> BranchTree:
+        """Who shares what; read it freely, change it only through the cache."""
+        return self._memory.tree
+
+    @property
     def step(self) -> Step | None:
         """The forward that is under way or was the last, until the tree changes."""
         return self._step
@@ -313,7 +297,7 @@ class TreeCache(Cache):
     @property
     def storages(self) -> list[KVStorage]:
         """Where K/V are, one for each kind of layer."""
-        return self._pool.storages
+        return self._memory.pool.storages
 
     @contextmanager
     def decode_through(self, static: StaticDecode) -> Iterator[None]:
@@ -415,8 +399,7 @@ class TreeCache(Cache):
         self._end_step()
         self._plan = None
         self._unfork(step.forked_from)
-        self._poison_freed()
-        self.tree.allocator.trim()
+        self._memory.trim()
 
     def _fit_rows(self, num_rows: int) -> int | None:
         """Make the batch fit; the number of rows before, if it had to change."""
@@ -441,8 +424,8 @@ class TreeCache(Cache):
         have = len(self.tree.rows)
         self.select(range(0, have, have // forked_from) if forked_from else [])
 
-    def _attach(self, layer: PagedLayer, spec: KVSpec) -> None:
-        """Give ``layer`` a place among all layers like it."""
+    def _attach(self, layer: PagedLayer, spec: KVSpec, blocks: Sequence[int] | None = None) -> None:
+        """Give ``layer`` a place among all layers like it, that keeps ``blocks``, default all."""
         if self._step is not None and self._step.before:
             raise UnsupportedModel(
                 f"A layer wrote its first K/V after {self._step.before} columns: its past is "
@@ -451,16 +434,13 @@ class TreeCache(Cache):
         alike = sum(
             isinstance(other, PagedLayer)
             and other.storage is None
-            and other.is_sliding == layer.is_sliding
+            and other.sliding_window == layer.sliding_window
             for other in self.layers
         )
-        allocator = self.tree.allocator
-        layer.storage, layer.position = self._pool.attach(
-            spec, alike if self._configured else 1, allocator.num_blocks
+        layer.storage, layer.position = self._memory.attach(
+            spec, alike if self._configured else 1, layer.sliding_window, blocks
         )
         layer.spec = spec
-        bounds = [b for b in (self._max_blocks, self._pool.max_blocks) if b is not None]
-        allocator.max_blocks = min(bounds, default=None)
 
     def _note_dense(self, reason: str) -> None:
         self.dense_reads[reason] += 1
@@ -469,9 +449,6 @@ class TreeCache(Cache):
                 "TreeCache: attention reads gathered copies of K/V. enable_tree_attention(model) "
                 "makes it read shared blocks in place, and computes a repeated prompt once."
             )
-
-    def _poison_freed(self) -> None:
-        self._pool.poison(self.tree.allocator.take_freed())
 
     @property
     def rows(self) -> list[Branch]:
@@ -493,7 +470,7 @@ class TreeCache(Cache):
         if not chosen:
             self._columns = 0
         OtherLayers(self.layers).select(chosen)
-        self._poison_freed()
+        self._memory.let_go()
 
     def fork(self, branch: Branch, count: int = 1, *, at: int | None = None) -> list[Branch]:
         """Make ``count`` held branches that share the first ``at`` tokens of ``branch``.
@@ -505,6 +482,7 @@ class TreeCache(Cache):
 
         Raises:
             StaleBranch, InvalidArgument: nothing has changed.
+            HistoryFreed: an earlier token, whose window reaches into what was let go.
             UnsupportedModel: an earlier token of a model with linear-attention states, which are
                 only known at the tip.
         """
@@ -516,6 +494,9 @@ class TreeCache(Cache):
                 f"fork(at={at}): this model has linear-attention states, which exist only at the "
                 f"tip ({length}). Hold a branch where you mean to come back to."
             )
+        position = length if at is None else at + length if at < 0 else at
+        if 0 < position < length:
+            self._memory.check_history(f"fork(branch {branch}, at={at})", branch, position)
         new = self.tree.fork(branch, count, at=at)
         self._end_step()
         if states.has_state and at != 0:
@@ -556,7 +537,7 @@ class TreeCache(Cache):
         self._settle()
         self.tree.prune(branch)
         self._held_states.pop(branch, None)
-        self._poison_freed()
+        self._memory.let_go()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Beam search's :meth:`select`."""
@@ -579,6 +560,7 @@ class TreeCache(Cache):
 
         Raises:
             InvalidArgument: a positive count, or more columns than there are.
+            HistoryFreed: so many that a window reaches into what was let go; nothing has changed.
         """
         removed = -int(tokens_to_remove)
         self._settle()
@@ -587,26 +569,29 @@ class TreeCache(Cache):
                 f"crop({-removed}): give minus the number of tokens to remove, from "
                 f"{-self._columns} to 0."
             )
+        lengths = [max(0, length - removed) for length in self.tree.row_lengths()]
+        if removed:
+            for branch, length in zip(self.tree.rows, lengths, strict=True):
+                self._memory.check_history(f"crop({-removed})", branch, length)
         OtherLayers(self.layers).crop(-removed)
         if not removed:
             return
-        for branch in self.tree.rows:
-            self.tree.truncate(branch, max(0, self.tree.length(branch) - removed))
+        for branch, length in zip(self.tree.rows, lengths, strict=True):
+            self.tree.truncate(branch, length)
         self._columns -= removed
         self._end_step()
-        self._poison_freed()
+        self._memory.let_go()
 
     def reset(self) -> None:
         """Forget everything, rows and held branches; slabs are kept for the next prompt."""
         self._end_step()
         self._expected = None
-        self.tree.clear()
+        self._memory.clear()
         self._plan = None
         self._columns = 0
         self._odd_mask = self._lost_state = False
         self._held_states.clear()
         OtherLayers(self.layers).clear()
-        self._poison_freed()
 
     def _state_of(self, branch: Branch) -> list[torch.Tensor]:
         if branch in self.tree.rows:
@@ -661,7 +646,7 @@ class TreeCache(Cache):
 
     @property
     def is_initialized(self) -> bool:
-        return bool(self._pool.storages)
+        return bool(self._memory.pool.storages)
 
     @property
     def is_linear(self) -> list[bool]:
@@ -677,14 +662,18 @@ class TreeCache(Cache):
     prefetch = offload
 
     def restore(
-        self, tree_state: Any, columns: int, kv: dict[int, tuple[torch.Tensor, torch.Tensor]]
+        self,
+        tree_state: Any,
+        columns: int,
+        kv: dict[int, tuple[list[int] | None, torch.Tensor, torch.Tensor]],
     ) -> None:
         """Fill a new, configured cache with what another one held; see :mod:`.disk`.
 
         Args:
             tree_state: of :meth:`BranchTree.to_state`, its blocks numbered from 0 on.
             columns: of the other cache.
-            kv: by layer, K and V of all blocks, ``[n, block_size, Hkv, D]``.
+            kv: by layer, the blocks that it keeps (None: all), and their K and V
+                ``[n, block_size, Hkv, D]``.
 
         Raises:
             InvalidArgument: the parts do not fit each other or this cache.
@@ -696,18 +685,19 @@ class TreeCache(Cache):
                 f"restore: a new cache of {len(layers)} layers with K/V is needed; this one has "
                 f"{len(self.tree.branches)} branches, and {len(kv)} layers were given."
             )
-        self.tree = BranchTree.from_state(self.block_size, self.tree.allocator, tree_state)
-        num_blocks = self.tree.allocator.num_blocks
-        for i, (keys, values) in kv.items():
-            if keys.shape[:2] != (num_blocks, self.block_size):
+        self._memory.restore(tree_state)
+        every = self.tree.allocator.used
+        for i, (given, keys, values) in kv.items():
+            blocks = every if given is None else given
+            if keys.shape[:2] != (len(blocks), self.block_size):
                 raise InvalidArgument(
-                    f"restore: layer {i} has K of {tuple(keys.shape)} for {num_blocks} blocks."
+                    f"restore: layer {i} has K of {tuple(keys.shape)} for {len(blocks)} blocks."
                 )
             spec = KVSpec.of(keys.transpose(1, 2), values.transpose(1, 2))
-            self._attach(layers[i], spec)
+            self._attach(layers[i], spec, blocks)
             storage = layers[i].storage
             assert storage is not None
-            storage.load(layers[i].position, keys, values)
+            storage.load(layers[i].position, blocks, keys, values)
         self._columns = columns
         self.check_integrity()
 
@@ -729,13 +719,17 @@ class TreeCache(Cache):
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the blocks in use, all layers."""
-        return self.tree.allocator.num_used * self._pool.block_bytes
+        """Bytes of what all layers keep of the blocks in use."""
+        return self._memory.kept_bytes
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token, all layers."""
-        return self._pool.block_bytes // self.block_size
+        return self._memory.pool.block_bytes // self.block_size
+
+    def dense_bytes(self, lengths: Iterable[int]) -> int:
+        """Bytes of K/V of sequences of ``lengths`` tokens that share nothing."""
+        return self._memory.dense_bytes(lengths)
 
     def stats(self) -> TreeCacheStats:
         """What is held now and what was saved so far."""
@@ -750,8 +744,9 @@ class TreeCache(Cache):
             blocks=tree.allocator.num_used,
             block_size=self.block_size,
             kv_bytes=self.kv_bytes,
-            dense_bytes=(sum(longest) + sum(held)) * self.token_bytes,
-            allocated_bytes=self._pool.allocated_bytes,
+            kinds=tuple(map(self._kind, self.storages)),
+            dense_bytes=self.dense_bytes(longest + held),
+            allocated_bytes=self._memory.pool.allocated_bytes,
             forks=tree.num_forks,
             prunes=tree.num_prunes,
             copies=tree.num_copies,
@@ -759,6 +754,11 @@ class TreeCache(Cache):
             prefill_tokens_computed=self._prefill_computed,
             dense_reads=dict(self.dense_reads),
         )
+
+    def _kind(self, storage: KVStorage) -> KindStats:
+        kept = storage.num_kept(self.tree.allocator.num_used)
+        held = kept * storage.attached_block_bytes
+        return KindStats(storage.window, storage.num_attached, kept, held)
 
     def dense(self, layer: PagedLayer, which: int) -> torch.Tensor | None:
         """Dense K (``which`` 0) or V (1) ``[B, Hkv, L, D]``; None before the first update."""
@@ -774,15 +774,10 @@ class TreeCache(Cache):
         Raises:
             IntegrityError: with the first thing that is wrong.
         """
-        self.tree.check_integrity()
+        self._memory.check_integrity()
         lengths = self.tree.row_lengths()
         if max(lengths, default=0) > self._columns:
             raise IntegrityError(f"rows of {max(lengths)} tokens in {self._columns} columns")
-        for storage in self._pool.storages:
-            if storage.num_blocks < self.tree.allocator.num_blocks:
-                raise IntegrityError(
-                    f"{self.tree.allocator.num_blocks} blocks, room for {storage.num_blocks}"
-                )
 
 
 def _adapters(names: tuple[str, ...]) -> str:

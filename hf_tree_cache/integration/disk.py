@@ -12,12 +12,13 @@ from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
 from ..errors import IntegrityError, InvalidArgument, UnsupportedModel
-from ..memory.storage import SlabIndex
 from .cache import TreeCache
 from .layers import OtherLayers, PagedLayer
 
 FORMAT = "hf_tree_cache"
-VERSION = 1
+VERSION = 2
+READABLE = ("1", "2")
+"""Version 1 knows no layers that keep only some of the blocks."""
 
 
 def save_cache(cache: TreeCache, path: str | os.PathLike[str]) -> None:
@@ -51,10 +52,14 @@ def save_cache(cache: TreeCache, path: str | os.PathLike[str]) -> None:
     for i, layer in layers.items():
         assert layer.storage is not None
         device = layer.storage.spec.device
-        index = SlabIndex.of(blocks, layer.storage.slab_blocks, device)
+        kept = [i for i, block in enumerate(blocks) if layer.storage.keeps(block)]
+        if len(kept) < len(blocks):
+            tensors[f"layers.{i}.blocks"] = torch.tensor(kept)
+        index = layer.storage.index_blocks([blocks[i] for i in kept])
         pair = layer.storage.gather_blocks(layer.position, index)
+        hidden = blank[kept].to(device)
         for name, part in zip(("keys", "values"), pair, strict=True):
-            tensors[f"layers.{i}.{name}"] = part.masked_fill(blank.to(device), 0).contiguous()
+            tensors[f"layers.{i}.{name}"] = part.masked_fill(hidden, 0).contiguous()
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -86,7 +91,7 @@ def load_cache(
     try:
         with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
-            if (metadata.get("format"), metadata.get("version")) != (FORMAT, str(VERSION)):
+            if metadata.get("format") != FORMAT or metadata.get("version") not in READABLE:
                 raise InvalidArgument(
                     f"load_cache({os.fspath(path)!r}): not a cache of version {VERSION}, but "
                     f"{metadata.get('format', 'something else')!r} "
@@ -98,10 +103,13 @@ def load_cache(
                     f"load_cache: the file has {metadata['num_layers']} layers, the config "
                     f"{len(cache.layers)}: give the config of the model that made it."
                 )
-            kv = {
-                i: (file.get_tensor(f"layers.{i}.keys"), file.get_tensor(f"layers.{i}.values"))
-                for i in range(len(cache.layers))
-            }
+            names = set(file.keys())
+            kv = {}
+            for i in range(len(cache.layers)):
+                keys, values = (file.get_tensor(f"layers.{i}.{x}") for x in ("keys", "values"))
+                partly = f"layers.{i}.blocks" in names
+                blocks = file.get_tensor(f"layers.{i}.blocks").tolist() if partly else None
+                kv[i] = blocks, keys, values
             cache.restore(json.loads(metadata["tree"]), int(metadata["columns"]), kv)
     except (SafetensorError, KeyError, ValueError, IntegrityError) as error:
         if isinstance(error, InvalidArgument):

@@ -62,6 +62,7 @@ class PagedKV(Multiplied):
             return self.dense()
         if torch.is_autocast_enabled(self.device.type):
             return self.dense()
+        self.source.note_read(None)
         return Operand(self, self.dtype)
 
     def transpose(self, dim0: int, dim1: int) -> Any:

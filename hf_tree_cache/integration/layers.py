@@ -7,8 +7,10 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PretrainedConfig
 from transformers.cache_utils import (
     CacheLayerMixin,
+    DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
@@ -22,10 +24,16 @@ if TYPE_CHECKING:
     from .cache import TreeCache
 
 
+STATES_IN_MODULES = frozenset({"recurrent_gemma"})
+"""Model types whose recurrent states are not in the cache."""
+
+
 class PagedLayer(CacheLayerMixin):
     """The cache's face towards one attention layer; everything else is shared by all layers.
 
     Attributes:
+        sliding_window: tokens that the layer looks back to at most, by the model's config (those of
+            a chunk, where it attends by chunks); None for all.
         storage: where the layer's K/V are, None before its first update.
         position: of the layer in ``storage``.
         spec: heads, dims, dtype and device, as its first update had them.
@@ -60,12 +68,15 @@ class PagedLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """Dense ``[B, Hkv, L, Dk]`` copy of the stored keys, left-padded with zeros."""
+        """Dense ``[B, Hkv, L, Dk]`` copy of the stored keys, left-padded with zeros.
+
+        What the layer's window has let go is zeros, too.
+        """
         return self.cache.dense(self, 0)
 
     @property
     def values(self) -> torch.Tensor | None:
-        """Dense ``[B, Hkv, L, Dv]`` copy of the stored values, left-padded with zeros."""
+        """Dense ``[B, Hkv, L, Dv]`` copy of the stored values, as :attr:`keys`."""
         return self.cache.dense(self, 1)
 
     def update(
@@ -101,7 +112,33 @@ class HybridPagedLayer(LinearAttentionLayer, PagedLayer):
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
 
 
-def translate_layer(cache: TreeCache, layer: Any) -> Any:
+def make_layers(cache: TreeCache, config: PretrainedConfig) -> list[Any]:
+    """The layers of a cache for the model that ``config`` describes.
+
+    Raises:
+        UnsupportedModel: the model keeps no K/V that could be shared.
+    """
+    if config.model_type in STATES_IN_MODULES:
+        raise UnsupportedModel(
+            f"{config.model_type} keeps states in its modules, where no cache can fork or "
+            "select them: use the cache that transformers makes for it."
+        )
+    layers = [_translate(cache, layer) for layer in DynamicCache(config=config).layers]
+    unknown = {type(layer).__name__ for layer in layers if not _is_known(layer)}
+    if unknown:
+        raise UnsupportedModel(
+            f"{config.model_type} has cache layers that TreeCache does not know "
+            f"({', '.join(sorted(unknown))}): use the cache that transformers makes for it."
+        )
+    if not any(isinstance(layer, PagedLayer) for layer in layers):
+        raise UnsupportedModel(
+            f"{config.model_type} has no attention layer with a K/V cache, so there is nothing "
+            "to share: use the cache that transformers makes for it."
+        )
+    return layers
+
+
+def _translate(cache: TreeCache, layer: Any) -> Any:
     """Our layer in place of one of transformers', which stays where it is not attention."""
     window = getattr(layer, "sliding_window", None)
     if isinstance(layer, DynamicLayer) and isinstance(layer, LinearAttentionLayer):
@@ -111,7 +148,7 @@ def translate_layer(cache: TreeCache, layer: Any) -> Any:
     return layer
 
 
-def is_known_layer(layer: Any) -> bool:
+def _is_known(layer: Any) -> bool:
     """Whether all that ``layer`` keeps is in blocks, or states that :class:`OtherLayers` knows."""
     return isinstance(layer, PagedLayer) or not isinstance(layer, CacheLayerMixin)
 

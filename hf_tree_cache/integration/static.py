@@ -169,10 +169,10 @@ class _Target:
                 # All rows are within the blocks they were in.
                 ints["offsets"].add_(steps)
                 return False
-        k_numbers, v_numbers = storage.block_numbers()
+        k_numbers, v_numbers = storage.numbers_of(grown.blocks)
         ints.host("rows")[0] = rows
-        ints.host("k_blocks")[:rows] = k_numbers.numpy()[grown.blocks]
-        ints.host("v_blocks")[:rows] = v_numbers.numpy()[grown.blocks]
+        ints.host("k_blocks")[:rows] = k_numbers
+        ints.host("v_blocks")[:rows] = v_numbers
         ints.host("offsets")[:rows] = grown.offsets
         ints.send("rows", "offsets")
         return moved
@@ -216,5 +216,5 @@ class _Reader:
 
 def layouts(storages: Sequence[KVStorage]) -> tuple[Hashable, Hashable]:
     """What a captured graph relies on of the shape of ``storages``, and their addresses."""
-    shapes = tuple((s.spec, s.block_size, s.slab_blocks, s.num_layers) for s in storages)
+    shapes = tuple((s.spec, s.window, s.block_size, s.slab_blocks, s.num_layers) for s in storages)
     return shapes, tuple(s.first_planes(0)[0].data_ptr() for s in storages)

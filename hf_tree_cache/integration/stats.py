@@ -6,6 +6,23 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class KindStats:
+    """What layers of one kind hold.
+
+    Attributes:
+        window: tokens behind which they let go what no branch sees any more; None if they keep all.
+        num_layers: how many they are.
+        blocks: that they keep, of those in use.
+        kv_bytes: bytes of these.
+    """
+
+    window: int | None
+    num_layers: int
+    blocks: int
+    kv_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class TreeCacheStats:
     """What a cache holds and what it saved.
 
@@ -16,8 +33,10 @@ class TreeCacheStats:
         unique_tokens: tokens stored.
         blocks: blocks in use.
         block_size: token slots of a block.
-        kv_bytes: bytes of the blocks in use, all layers.
-        dense_bytes: bytes of the same branches as independent sequences of equal length (columns).
+        kv_bytes: bytes of what all layers keep of the blocks in use.
+        kinds: the same for each kind of layer.
+        dense_bytes: bytes of the same branches as independent sequences of equal length (columns),
+            of which layers with a window hold no more than that.
         allocated_bytes: bytes of the slabs that the blocks live in.
         forks, prunes, copies: branches made and ended, partial blocks copied on write.
         prefill_tokens_asked: tokens of multi-token forwards as the caller passed them (rows x
@@ -33,6 +52,7 @@ class TreeCacheStats:
     blocks: int
     block_size: int
     kv_bytes: int
+    kinds: tuple[KindStats, ...]
     dense_bytes: int
     allocated_bytes: int
     forks: int

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..attention.plan import TreeAttentionPlan
-from ..errors import StaleHandle, UnsupportedModel
+from ..errors import HistoryFreed, StaleHandle, UnsupportedModel
 from ..memory.storage import KVStorage, SlabIndex
 from ..memory.tree import AppendPlan
 
@@ -31,14 +31,12 @@ class DenseView:
     tables: list[list[int]]
     lengths: Sequence[int]
     columns: int
-    _indices: dict[torch.device, tuple[SlabIndex, torch.Tensor | None]] = field(
-        default_factory=dict
-    )
+    _indices: dict[Any, tuple[SlabIndex, torch.Tensor | None]] = field(default_factory=dict)
 
     def index(self, storage: KVStorage) -> tuple[SlabIndex, torch.Tensor | None]:
         """Slots of every column of every row, and ``[B, L]`` bool of padding (None: no padding)."""
-        device = storage.spec.device
-        if device not in self._indices:
+        key, device = storage.index_key, storage.spec.device
+        if key not in self._indices:
             size = storage.block_size
             width = max((len(table) for table in self.tables), default=0) or 1
             padded = [table + [0] * (width - len(table)) for table in self.tables]
@@ -49,15 +47,16 @@ class DenseView:
             tables = torch.tensor(padded, dtype=torch.int64).view(-1, width)
             blocks = tables.gather(1, positions // size)
             slots = (blocks * size + positions % size).flatten()
-            index = SlabIndex.of(slots, storage.slab_blocks * size, device)
-            self._indices[device] = index, padding.to(device) if bool(padding.any()) else None
-        return self._indices[device]
+            index = storage.index_slots(slots)
+            self._indices[key] = index, padding.to(device) if bool(padding.any()) else None
+        return self._indices[key]
 
 
 def gather_dense(
     view: DenseView, storage: KVStorage, layer: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dense K ``[B, Hkv, L, Dk]`` and V ``[B, Hkv, L, Dv]``, padding as zeros."""
+    """Dense K ``[B, Hkv, L, Dk]`` and V ``[B, Hkv, L, Dv]``; padding, and what the layer's window
+    let go, as zeros."""
     slots, padding = view.index(storage)
     dense = []
     for flat in storage.gather_slots(layer, slots):
@@ -101,9 +100,7 @@ class Step:
     alive: bool = True
     finished: bool = False
     written: set[int] = field(default_factory=set)
-    _write_indices: dict[torch.device, tuple[SlabIndex, torch.Tensor | None]] = field(
-        default_factory=dict
-    )
+    _write_indices: dict[Any, tuple[SlabIndex, torch.Tensor | None]] = field(default_factory=dict)
 
     @property
     def columns(self) -> int:
@@ -120,10 +117,14 @@ class Step:
 
     def write_index(self, storage: KVStorage) -> tuple[SlabIndex, torch.Tensor | None]:
         """Where new tokens go, and which of the B * T they are (None: all)."""
-        device = storage.spec.device
-        if device not in self._write_indices:
-            slab = storage.slab_blocks * storage.block_size
-            slots = SlabIndex.of(torch.from_numpy(self.appended.flat_slots()), slab, device)
+        key, device = storage.index_key, storage.spec.device
+        if key not in self._write_indices:
+            written = self.appended.flat_slots()
+            kept_all = storage.places is None or not storage.places.lack(
+                written // storage.block_size
+            )
+            assert kept_all
+            slots = storage.index_slots(torch.from_numpy(written))
             source = None
             steady = self.num_new == 1 and self.plan.grown is not None
             if not steady and min(self.counts, default=0) < self.num_new:
@@ -133,8 +134,8 @@ class Step:
                     for column in range(self.num_new - count, self.num_new)
                 ]
                 source = torch.tensor(kept, dtype=torch.int64, device=device)
-            self._write_indices[device] = slots, source
-        return self._write_indices[device]
+            self._write_indices[key] = slots, source
+        return self._write_indices[key]
 
 
 class NotCapturable(Exception):
@@ -169,9 +170,12 @@ class LayerKV:
 
         Raises:
             StaleHandle: the cache has moved on.
+            HistoryFreed: nobody knows how far ``reason`` looks back, and tokens were let go.
         """
         if self.step.fresh:
             return self.new
+        if reason == UNKNOWN_READER:
+            self.note_read(None)
         if self._dense is None:
             if not self.step.alive:
                 raise StaleHandle(
@@ -183,6 +187,23 @@ class LayerKV:
             keys, values = gather_dense(self.step.dense_view, self.storage, self.layer)
             self._dense = self.guard(keys), self.guard(values)
         return self._dense
+
+    def note_read(self, reach: int | None) -> None:
+        """The layer is read at most ``reach`` tokens back (None: all).
+
+        Raises:
+            HistoryFreed: that is further than its window, and tokens were let go.
+        """
+        storage = self.storage
+        if storage.note_read(self.layer, reach) or storage.places is None:
+            return
+        if any(storage.places.lack(table) for table in self.step.read_tables()):
+            raise HistoryFreed(
+                f"A layer whose window is {storage.window} tokens by the model's config is read "
+                f"{'all the way' if reach is None else f'{reach} tokens'} back, where its tokens "
+                "were let go. Leave tree attention enabled while the cache is in use and pass no "
+                "4-D mask of your own, or keep everything: TreeCache(backtrack=None)."
+            )
 
     def guard(self, tensor: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
         """``tensor``, made of stored K/V: a backward through it says why there is no gradient.

@@ -47,6 +47,11 @@ class PhysicalKVAllocator:
         return len(self._ref_counts) - len(self._free)
 
     @property
+    def used(self) -> list[int]:
+        """Every block with an owner, in order."""
+        return [block for block, count in enumerate(self._ref_counts) if count]
+
+    @property
     def num_free(self) -> int | None:
         """Blocks that could still be allocated; None when there is no bound."""
         return None if self.max_blocks is None else max(0, self.max_blocks - self.num_used)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import mul
 
 import torch
 
@@ -42,33 +43,54 @@ class StoragePool:
     def allocated_bytes(self) -> int:
         return sum(storage.allocated_bytes for storage in self.storages)
 
-    @property
-    def max_blocks(self) -> int | None:
-        """Blocks that ``max_memory`` has room for; None when there is no bound yet."""
-        planned = sum(storage.num_layers * storage.layer_block_bytes for storage in self.storages)
-        return self.max_memory // planned if self.max_memory and planned else None
+    def room(self, num_used: int) -> int | None:
+        """Blocks that ``max_memory`` has room for beside ``num_used`` of the tree.
 
-    def attach(self, spec: KVSpec, num_alike: int, num_blocks: int) -> tuple[KVStorage, int]:
+        None when there is no bound yet. Negative where layers that came late do not fit.
+        """
+        whole = [storage.num_layers * storage.layer_block_bytes for storage in self.storages]
+        if self.max_memory is None or not whole:
+            return None
+        kept = [storage.num_kept(num_used) for storage in self.storages]
+        held = sum(map(mul, kept, whole))
+        return (self.max_memory - held) // sum(whole)
+
+    def attach(
+        self,
+        spec: KVSpec,
+        num_alike: int,
+        blocks: Sequence[int],
+        num_blocks: int,
+        window: int | None = None,
+    ) -> tuple[KVStorage, int]:
         """A place for a new layer: its storage, and its position there.
 
         Args:
             spec: the layer's heads, dims, dtype and device.
             num_alike: layers, this one included, that will probably need a place of the same kind.
-            num_blocks: blocks that must have room at once.
+            blocks: of the tree, to be kept from the start.
+            num_blocks: ids of the tree that must have room at once.
+            window: of the layer, where its storage is to forget what is behind it.
 
         Raises:
             OutOfBlocks: ``max_memory`` or the device does not have it; nothing has changed.
         """
         for storage in self.storages:
-            if storage.spec == spec and storage.has_room:
+            if (storage.spec, storage.window) == (spec, window) and storage.has_room:
                 return storage, storage.add_layer()
         if not self._slab_blocks:
             block_bytes = num_alike * spec.block_bytes(self.block_size)
             fitting = max(16, min(1024, SLAB_BYTES // block_bytes))
             self._slab_blocks = 1 << (fitting.bit_length() - 1)
         storage = KVStorage(
-            spec, num_alike, self.block_size, self._slab_blocks, poison=self._poison
+            spec,
+            num_alike,
+            self.block_size,
+            self._slab_blocks,
+            window=window,
+            poison=self._poison,
         )
+        storage.take(blocks)
         self.storages.append(storage)
         try:
             self._check_bound(num_blocks)
@@ -78,13 +100,14 @@ class StoragePool:
             raise
         return storage, storage.add_layer()
 
-    def ensure(self, num_blocks: int) -> None:
-        """Make room for blocks ``0 .. num_blocks - 1`` everywhere.
+    def ensure(self, blocks: Sequence[int], num_blocks: int) -> None:
+        """Make room for ``blocks``, the new ones of the ids ``0 .. num_blocks - 1``, everywhere.
 
         Raises:
             OutOfBlocks: a device has no memory left; what was stored is untouched.
         """
         for storage in self.storages:
+            storage.take(blocks)
             self._ensure(storage, num_blocks)
 
     def copy(self, copies: Sequence[tuple[int, int]]) -> None:
@@ -93,14 +116,17 @@ class StoragePool:
             for storage in self.storages:
                 storage.copy(copies)
 
-    def poison(self, blocks: Sequence[int]) -> None:
+    def release(self, blocks: Sequence[int]) -> None:
+        """The tree has freed ``blocks``."""
         if blocks:
             for storage in self.storages:
-                storage.poison(blocks)
+                storage.release(blocks)
 
     def _check_bound(self, num_blocks: int) -> None:
-        bound = self.max_blocks
-        if bound is not None and num_blocks > bound:
+        """As if the tree used all of ``num_blocks``."""
+        room = self.room(num_blocks)
+        if room is not None and room < 0:
+            bound = num_blocks + room
             raise OutOfBlocks(
                 f"max_memory={self.max_memory} has room for {bound} blocks of {self.block_size} "
                 f"tokens, but this forward needs {num_blocks}. The cache is unchanged: raise "
@@ -111,6 +137,7 @@ class StoragePool:
 
     @staticmethod
     def _ensure(storage: KVStorage, num_blocks: int) -> None:
+        num_blocks = storage.room_for(num_blocks)
         try:
             storage.ensure(num_blocks)
         except (RuntimeError, MemoryError) as error:

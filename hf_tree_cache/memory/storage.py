@@ -6,12 +6,16 @@ import math
 import mmap
 import os
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..errors import ScatteredStorage, StorageMismatch
+from .places import BLANK, BlockPlaces
 
 MAX_NUMBER = 1 << 30
 """Distance between blocks, in blocks, up to which the kernel's int32 arithmetic holds."""
@@ -95,7 +99,16 @@ class KVReader(Protocol):
 
     spec: KVSpec
     block_size: int
-    slab_blocks: int
+
+    @property
+    def index_key(self) -> tuple[Any, ...]: ...
+
+    @property
+    def forgets(self) -> bool: ...
+
+    def index_blocks(self, blocks: Sequence[int]) -> SlabIndex: ...
+
+    def index_slots(self, slots: Sequence[int] | torch.Tensor) -> SlabIndex: ...
 
     def gather_blocks(self, layer: int, blocks: SlabIndex) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -115,12 +128,20 @@ class KVStorage:
     blocks: :meth:`block_numbers` gives one int32 a block that serves every layer, relative to that
     layer's base in the first slab, and growing changes none of them.
 
+    Callers name blocks by the ids of a tree. Without a window these are the storage's own; with
+    one, the storage has ``places`` for those it still keeps, and reads zeros for the others.
+
     Args:
         spec: heads, head dims, dtype and device.
         num_layers: layers that share the slabs.
         block_size: token slots of a block.
         slab_blocks: blocks of a slab.
+        window: tokens that a query of these layers looks back to at most, itself included; None
+            where that is not known, or where all tokens are kept.
         poison: fill new slabs with NaN, to make a read of unwritten slots visible.
+
+    Attributes:
+        places: where blocks lie; None where they lie where their ids say.
     """
 
     def __init__(
@@ -130,12 +151,17 @@ class KVStorage:
         block_size: int,
         slab_blocks: int,
         *,
+        window: int | None = None,
         poison: bool = False,
     ) -> None:
         self.spec = spec
         self.num_layers = num_layers
         self.block_size = block_size
         self.slab_blocks = slab_blocks
+        self.window = window
+        self.places = None if window is None else BlockPlaces()
+        self._within: set[int] = set()  # layers that were read within the window
+        self._needs_all = False
         self._poison = poison
         self._attached = 0
         self._numbers: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -159,6 +185,11 @@ class KVStorage:
         return self._attached < self.num_layers
 
     @property
+    def num_attached(self) -> int:
+        """Layers that were added."""
+        return self._attached
+
+    @property
     def layer_block_bytes(self) -> int:
         """Bytes of K and V of one block in one layer."""
         return self.spec.block_bytes(self.block_size)
@@ -176,6 +207,77 @@ class KVStorage:
     def allocated_bytes(self) -> int:
         return len(self._k_slabs) * self.slab_bytes
 
+    @property
+    def forgets(self) -> bool:
+        """Whether blocks may have no place any more."""
+        return self.places is not None
+
+    @property
+    def may_forget(self) -> bool:
+        """Whether every layer is known to read within the window, and nobody read more."""
+        return self.forgets and not self._needs_all and len(self._within) == self._attached > 0
+
+    @property
+    def index_key(self) -> tuple[Any, ...]:
+        """A :class:`SlabIndex` serves every storage with this key, for as long as it has it."""
+        places = self.places
+        return self.spec.device, places, 0 if places is None else places.version
+
+    def note_read(self, layer: int, reach: int | None) -> bool:
+        """``layer`` is read ``reach`` tokens back at most (None: all); whether that is foreseen.
+
+        From the first read on that is not, nothing is forgotten any more.
+        """
+        if self.window is not None and (reach is None or reach > self.window):
+            self._needs_all = True
+            return False
+        self._within.add(layer)
+        return True
+
+    def num_kept(self, num_used: int) -> int:
+        """Blocks kept, of ``num_used`` that the tree has."""
+        return num_used if self.places is None else self.places.num_used
+
+    def keeps(self, block: int) -> bool:
+        """Whether ``block``, of the tree, was not let go."""
+        return self.places is None or not self.places.lack([block])
+
+    def room_for(self, num_blocks: int) -> int:
+        """Blocks of this storage that must have room, for ``num_blocks`` ids of the tree."""
+        return num_blocks if self.places is None else self.places.num_blocks
+
+    def take(self, blocks: Sequence[int]) -> None:
+        """Keep ``blocks``, new ones of the tree; :meth:`ensure` makes room for them."""
+        if self.places is not None:
+            self.places.take(blocks)
+
+    def release(self, blocks: Sequence[int]) -> bool:
+        """Nobody reads ``blocks`` any more; whether any of them was kept in a place."""
+        freed = blocks if self.places is None else self.places.release(blocks)
+        if self._poison and freed:
+            self._fill(freed, float("nan"))
+        return self.places is not None and len(freed) > 0
+
+    def index_blocks(self, blocks: Sequence[int]) -> SlabIndex:
+        """Where ``blocks`` are; forgotten ones are zeros."""
+        if self.places is not None:
+            blocks = torch.from_numpy(self.places.of(list(blocks)))  # type: ignore[assignment]
+        return SlabIndex.of(blocks, self.slab_blocks, self.spec.device)
+
+    def index_slots(self, slots: Sequence[int] | torch.Tensor) -> SlabIndex:
+        """Where ``slots`` are, ``block * block_size + offset``; those of forgotten blocks are 0."""
+        if self.places is not None:
+            blocks, offsets = np.divmod(np.asarray(slots, np.int64), self.block_size)
+            slots = torch.from_numpy(self.places.of(blocks) * self.block_size + offsets)
+        return SlabIndex.of(slots, self._slab_slots, self.spec.device)
+
+    def numbers_of(self, blocks: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int32], ...]:
+        """:meth:`block_numbers` of ``blocks``, for K and for V."""
+        if self.places is not None:
+            blocks = self.places.of(blocks)
+        k_numbers, v_numbers = self.block_numbers()
+        return k_numbers.numpy()[blocks], v_numbers.numpy()[blocks]
+
     def add_layer(self) -> int:
         """Give the next layer its position."""
         assert self.has_room
@@ -192,12 +294,21 @@ class KVStorage:
                 self._v_slabs.append(values)
                 self._k_blocks.append(keys.unflatten(1, (self.slab_blocks, self.block_size)))
                 self._v_blocks.append(values.unflatten(1, (self.slab_blocks, self.block_size)))
+                if self.forgets and len(self._k_slabs) == 1:
+                    self._fill([BLANK], 0.0)
 
     def __deepcopy__(self, memo: dict[int, object]) -> KVStorage:
         twin = KVStorage(
-            self.spec, self.num_layers, self.block_size, self.slab_blocks, poison=self._poison
+            self.spec,
+            self.num_layers,
+            self.block_size,
+            self.slab_blocks,
+            window=self.window,
+            poison=self._poison,
         )
         twin._attached = self._attached
+        twin.places = deepcopy(self.places, memo)
+        twin._within, twin._needs_all = set(self._within), self._needs_all
         twin.ensure(self.num_blocks)
         pairs = zip(twin._k_slabs + twin._v_slabs, self._k_slabs + self._v_slabs, strict=True)
         for copy, slab in pairs:
@@ -229,13 +340,17 @@ class KVStorage:
                 part = tokens if where is None else tokens.index_select(0, where)
                 slabs[slab][layer].index_copy_(0, local, part)
 
-    def load(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Fill blocks ``0 .. n - 1`` of one layer with ``k [n, S, Hkv, Dk]`` and ``v``."""
-        slots = SlabIndex.of(range(k.shape[0] * k.shape[1]), self._slab_slots, self.spec.device)
+    def load(self, layer: int, blocks: Sequence[int], k: torch.Tensor, v: torch.Tensor) -> None:
+        """Fill ``blocks`` of one layer with ``k [n, S, Hkv, Dk]`` and ``v``."""
+        size = self.block_size
+        slots = self.index_slots([block * size + i for block in blocks for i in range(size)])
         self.write(layer, slots, None, *(x.flatten(0, 1).transpose(0, 1)[None] for x in (k, v)))
 
     def copy(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, ``(source, destination)``, in all layers at once."""
+        if self.places is not None:
+            places = self.places.of(np.array(copies, np.int64).reshape(-1, 2))
+            copies = [(source, destination) for source, destination in places.tolist()]
         groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for source, destination in copies:
             key = (source // self.slab_blocks, destination // self.slab_blocks)
@@ -248,12 +363,12 @@ class KVStorage:
                 taken = slabs[from_slab].index_select(1, index[:, 0])
                 slabs[to_slab].index_copy_(1, index[:, 1], taken)
 
-    def poison(self, blocks: Sequence[int]) -> None:
-        """Fill ``blocks`` with NaN in all layers."""
+    def _fill(self, blocks: Sequence[int], value: float) -> None:
+        """Fill ``blocks``, by their places, with ``value`` in all layers."""
         for slab, local, _ in SlabIndex.of(blocks, self.slab_blocks, self.spec.device).parts:
             for slabs in (self._k_blocks, self._v_blocks):
                 if slab < len(slabs):
-                    slabs[slab].index_fill_(1, local, float("nan"))
+                    slabs[slab].index_fill_(1, local, value)
 
     def gather_blocks(self, layer: int, blocks: SlabIndex) -> tuple[torch.Tensor, torch.Tensor]:
         """K ``[n, block_size, Hkv, Dk]`` and V ``[n, block_size, Hkv, Dv]`` of n blocks.
@@ -270,7 +385,7 @@ class KVStorage:
         return self._gather(self._k_slabs, layer, slots), self._gather(self._v_slabs, layer, slots)
 
     def block_numbers(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """For every block, its distance from the layer's block 0 in units of one K (one V) block.
+        """For every place, its distance from the layer's block 0 in units of one K (one V) block.
 
         Returns:
             int32 ``[num_blocks]`` on the CPU, for K and for V (equal where the head dims are). The

@@ -189,15 +189,20 @@ class AppendPlan:
         new: slots of each row's new tokens, or one token more in every row.
 
     Attributes:
+        blocks: what was allocated.
         copies: (source block, destination block) pairs to copy before anything is written.
     """
 
-    __slots__ = ("_new", "copies")
+    __slots__ = ("_new", "blocks", "copies")
 
     def __init__(
-        self, new: list[list[int]] | Grown, copies: Sequence[tuple[int, int]] = ()
+        self,
+        new: list[list[int]] | Grown,
+        blocks: Sequence[int] = (),
+        copies: Sequence[tuple[int, int]] = (),
     ) -> None:
         self._new = new
+        self.blocks = blocks
         self.copies = list(copies)
 
     @property
@@ -267,6 +272,10 @@ class BranchTree:
         return list(self._tips)
 
     @property
+    def num_branches(self) -> int:
+        return len(self._tips)
+
+    @property
     def held(self) -> list[Branch]:
         rows = set(self.rows)
         return [branch for branch in self._tips if branch not in rows]
@@ -303,13 +312,28 @@ class BranchTree:
         path.reverse()
         return path
 
-    def block_table(self, branch: Branch) -> list[int]:
-        """Physical blocks of ``branch``, in the order of its tokens."""
+    def block_table(self, branch: Branch, length: int | None = None) -> list[int]:
+        """Physical blocks of ``branch``, in the order of its tokens.
+
+        Args:
+            length: tokens whose blocks are wanted, those that a fork there would have; default all.
+        """
         table: list[int] = []
         for node in self.path(branch):
+            if length is not None and node.start >= length:
+                break
             del table[node.start // self.block_size :]
             table.extend(node.blocks)
-        return table
+        return table if length is None else table[: -(-length // self.block_size)]
+
+    def shortest_below(self) -> list[tuple[Node, int]]:
+        """Every node but the root, with the tokens of the shortest branch that reads it."""
+        nodes = list(self.nodes())
+        shortest: dict[Node, int] = {}
+        for node in reversed(nodes):
+            below = [shortest[child] for child in node.children]
+            shortest[node] = node.end if node.refs else min(below)
+        return [(node, shortest[node]) for node in nodes]
 
     def add_rows(self, count: int) -> list[Branch]:
         """Append ``count`` empty branches to the batch."""
@@ -432,7 +456,8 @@ class BranchTree:
         if counts.count(1) == len(counts):
             return self.grow()
         tips = self.tips()
-        fresh = iter(self._allocate(self._blocks_needed(enumerate(counts), tips)))
+        allocated = self._allocate(self._blocks_needed(enumerate(counts), tips))
+        fresh = iter(allocated)
         self._growth = self._paused = None
         copies: list[tuple[int, int]] = []
         slots = [
@@ -440,7 +465,7 @@ class BranchTree:
             for branch, count in zip(self.rows, counts, strict=True)
         ]
         self.num_copies += len(copies)
-        return AppendPlan(slots, copies)
+        return AppendPlan(slots, allocated, copies)
 
     def grow(self) -> AppendPlan:
         """:meth:`append` of one token to each row. While nothing else happens, a clock ticks.
@@ -452,6 +477,7 @@ class BranchTree:
         if growth is None:
             return self._begin_growth()
         rows = growth.rows_at_bound(growth.clock.tokens)
+        blocks: list[int] = []
         if len(rows):
             blocks, tips = self._allocate(len(rows)), growth.tips
             for row, block in zip(rows.tolist(), blocks, strict=True):
@@ -459,7 +485,7 @@ class BranchTree:
             growth.blocks = growth.blocks.copy()
             growth.blocks[rows] = blocks
         growth.clock.tokens += 1
-        return AppendPlan(growth.now())
+        return AppendPlan(growth.now(), blocks)
 
     def _begin_growth(self) -> AppendPlan:
         """One token to each row, some of which may have to part."""
@@ -480,7 +506,8 @@ class BranchTree:
             full = sorted(set(full).difference(apart))
             changed = sorted(full + apart)
         needed = self._blocks_needed(((row, 1) for row in apart), tips)
-        fresh = iter(self._allocate(len(full) + needed))
+        allocated = self._allocate(len(full) + needed)
+        fresh = iter(allocated)
         copies: list[tuple[int, int]] = []
         shared = set(apart)
         for row in changed:
@@ -498,7 +525,7 @@ class BranchTree:
         growth.blocks[changed] = [tips[row].blocks[-1] for row in changed]
         self._growth, self._paused = growth, None
         clock.tokens += 1
-        return AppendPlan(growth.now(), copies)
+        return AppendPlan(growth.now(), allocated, copies)
 
     def _look_at_rows(self) -> Growth:
         """All rows, on a new clock; a tip without blocks of its own has block 0 for now."""

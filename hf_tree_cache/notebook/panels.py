@@ -129,7 +129,7 @@ def kv_panel(
         lengths: tokens in the cache of every branch, for what dense storage would take.
     """
     stats = cache.stats()
-    dense = sum(lengths) * cache.token_bytes
+    dense = cache.dense_bytes(lengths)
     saved = 1 - stats.kv_bytes / dense if dense > stats.kv_bytes else 0.0
     chips = [
         ("", f"{counted(stats.blocks, 'block')} of {stats.block_size} tokens", ""),

@@ -210,7 +210,7 @@ class TreeSession:
 
     def _costs(self) -> str:
         cache, stats = self.runner.cache, self.stats
-        dense = sum(self.runner.stored(b)[1] for b in self.runner.branches) * cache.token_bytes
+        dense = cache.dense_bytes(self.runner.stored(b)[1] for b in self.runner.branches)
         return (
             f"{stats.tokens_computed:,} tokens computed, {stats.tokens_generated:,} generated · "
             f"K/V {in_bytes(cache.kv_bytes)} in "
