@@ -323,7 +323,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> PreT
     for needed in (tiny.config, tiny.model):
         if not hasattr(transformers, needed):
             pytest.skip(f"transformers {transformers.__version__} has no {needed}")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         config = getattr(transformers, tiny.config)(**{**tiny.options, **options})
         model = getattr(transformers, tiny.model)(config)

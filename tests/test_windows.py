@@ -429,4 +429,7 @@ def test_replayed_steps_far_beyond_the_window_equal_the_default_cache(name):
             cache.check_integrity()
             assert ours.sequences.tolist() == dense.sequences.tolist()
             assert any(kind.blocks < cache.stats().blocks for kind in cache.stats().kinds)
-    assert handle.graphs.replayed > 60 and not handle.graphs.eager
+    if name == "llama4":  # scales its queries by position
+        assert any("depends on lengths" in reason for reason in handle.graphs.eager)
+    else:
+        assert handle.graphs.replayed > 60 and not handle.graphs.eager

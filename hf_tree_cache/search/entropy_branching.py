@@ -96,7 +96,8 @@ def entropy_branching(
     padding = [width - len(ids) for ids in encoded]
     enabled = None if is_enabled(model) else enable_tree_attention(model)
     try:
-        with torch.random.fork_rng(enabled=seed is not None):
+        devices = {x.device for x in model.parameters() if x.device.type == "cuda"}
+        with torch.random.fork_rng(devices, enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
             out = model.generate(
