@@ -63,9 +63,11 @@ def _card_text(result: dict[str, Any]) -> str:
     commits = sorted({row.get("commit", where["commit"]) for row in result["rows"]})
     about = (
         f"Driver {where['gpu_driver']}, torch {where['torch']}, triton {where['triton']}, "
-        f"transformers {where['transformers']}, commit {', '.join(commits)}. Ceiling of that run: "
+        f"transformers {where['transformers']}, commit {where['commit']}. Ceiling of that run: "
         f"linear read {result['linear_read_tb_s']:.2f} TB/s."
     )
+    if older := [commit for commit in commits if commit != where["commit"]]:
+        about += f" Rows marked with {', '.join(older)} are of an earlier run, with its own floors."
     if "measured" not in result:
         about += " Steps here: the time of all new tokens less that of a quarter, in two runs."
     attention = {row["attention"] for row in result["rows"] if "attention" in row}
@@ -74,7 +76,11 @@ def _card_text(result: dict[str, Any]) -> str:
             f" Continuous batching has `{', '.join(sorted(attention))}`, the fastest attention "
             "installed for it there; setting up its cache and graphs is not in its times."
         )
-    parts = [f"### {where['gpu']}", _wrapped(about), "\n".join(_steps(result["rows"]))]
+    parts = [
+        f"### {where['gpu']}",
+        _wrapped(about),
+        "\n".join(_steps(result["rows"], where["commit"])),
+    ]
     parts += [
         "\n".join(lines)
         for lines in (
@@ -88,7 +94,7 @@ def _card_text(result: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _steps(rows: list[dict[str, Any]]) -> list[str]:
+def _steps(rows: list[dict[str, Any]], newest: str) -> list[str]:
     lines = [
         "| shape | branches × prompt | new tokens | how | ms a step | × floor | first tokens, s "
         "| all, s | tokens a second | GB above weights |",
@@ -98,7 +104,8 @@ def _steps(rows: list[dict[str, Any]]) -> list[str]:
         if "method" not in row:
             lines.append(f"| {row['shape']} | not run: {row['left_out']} | | | | | | | | |")
             continue
-        head = f"| {row['shape']} | {_work(row)} | {row['tokens']} | {row['method']} |"
+        mark = f" ({row['commit']})" if row.get("commit", newest) != newest else ""
+        head = f"| {row['shape']} | {_work(row)} | {row['tokens']} | {row['method']}{mark} |"
         if "left_out" in row:
             reason = "no time left" if row["left_out"] == "time" else row["left_out"]
             lines.append(f"{head} not run: {_cell(reason)} | | | | | |")
