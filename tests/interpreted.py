@@ -19,14 +19,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from kernel_calls import Call, Family, append, call_over, grow, make_call
+from models import build
 from test_forward import CASES, TOLERANCE, draw, error_of, error_of_norm, error_of_rotary
+from torch._dynamo.utils import counters
 from trees import SHAPES, ShadowTree
 from triton import knobs
 
 from hf_tree_cache.attention.dispatch import run_tree_attention
 from hf_tree_cache.attention.plan import Window
 from hf_tree_cache.attention.tiles import Tiles, TileSet
-from hf_tree_cache.forward.linear import few_rows_linear
+from hf_tree_cache.forward.linear import MOST_ROWS, few_rows_linear
+from hf_tree_cache.integration.linears import DecodeLinears
 
 WINDOWS = [None, None, Window("sliding", 7), Window("chunked", 8), Window("sliding", 100)]
 FP16_FACTOR = 4.0
@@ -170,6 +173,30 @@ def run_forward() -> list[str]:
     return wrong
 
 
+@torch.no_grad()
+def run_traced() -> list[str]:
+    """Linear layers as compiled layers see them: traced once for few rows, once for many."""
+    wrong = []
+    model = build("llama", torch.float16)
+    linears = DecodeLinears(list(model.modules()), join=True)
+    traced: Any = None
+    counters.clear()
+    for rows in (3, MOST_ROWS + 1):
+        for layer in model.model.layers:
+            x = torch.randn(rows, 1, model.config.hidden_size, dtype=torch.float16)
+            want = layer.mlp(x)
+            traced = traced or torch.compile(
+                type(layer.mlp).forward, fullgraph=True, backend="eager"
+            )
+            with linears.switched():
+                error = float((traced(layer.mlp, x) - want).abs().max() / want.abs().max())
+            if not error < 1e-2:
+                wrong.append(f"{rows} rows: off by {error:.1e}")
+    if counters["stats"]["unique_graphs"] != 2:
+        wrong.append(f"traced {counters['stats']['unique_graphs']} times")
+    return wrong
+
+
 def main(num_trees: int) -> None:
     assert knobs.runtime.interpret, "set TRITON_INTERPRET=1"
     torch.set_num_threads(1)
@@ -180,7 +207,7 @@ def main(num_trees: int) -> None:
         for seed in range(num_trees)
     ]
     jobs += [("advance", run_advance), ("blanks", run_blanks), ("dispatch", run_dispatch)]
-    jobs.append(("forward", run_forward))
+    jobs += [("forward", run_forward), ("traced", run_traced)]
     for name, job in jobs:
         try:
             failures += [f"{name}: {text}" for text in job()]

@@ -121,8 +121,10 @@ class _Group:
         self.count = len(children)
         if join:
             self._join()
-        self.weights = [child.weight.detach() for child in children]
-        self.biases = [child.bias.detach() for child in children if child.bias is not None]
+        # The parameters themselves: memory that a model moves away from is not held here.
+        self.weights: list[torch.Tensor] = [child.weight for child in children]
+        self.biases: list[torch.Tensor] = [x.bias for x in children if x.bias is not None]
+        self._places = self._look()
         self.takes_few = all(find_obstacle(child) is None for child in children)
         self.forget()
 
@@ -132,9 +134,7 @@ class _Group:
 
     @property
     def intact(self) -> bool:
-        now = [child.weight for child in self.children]
-        now += [child.bias for child in self.children if child.bias is not None]
-        return [x.data_ptr() for x in now] == [x.data_ptr() for x in self.weights + self.biases]
+        return self._look() == self._places
 
     def forget(self) -> None:
         self.x: torch.Tensor | None = None
@@ -155,6 +155,12 @@ class _Group:
                     vars(child)[name] = value
                 else:
                     vars(child).pop(name, None)
+
+    def _look(self) -> list[tuple[int, int]]:
+        """Which tensors the layers have now, and where."""
+        now: list[torch.Tensor] = [child.weight for child in self.children]
+        now += [child.bias for child in self.children if child.bias is not None]
+        return [(id(x), x.data_ptr()) for x in now]
 
     def _join(self) -> None:
         with torch.no_grad(), torch.inference_mode(False):
