@@ -121,7 +121,7 @@ class Limits:
         if shared > self.shared_block:
             return 0
         per_program = num_warps * self.warp * max(8, -(-registers // 8) * 8)
-        return min(self.registers // per_program, self.shared_sm // (shared + self.reserved))
+        return min(self.registers // per_program, self.shared_sm // max(1, shared + self.reserved))
 
 
 LIMITS = {

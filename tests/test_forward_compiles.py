@@ -1,0 +1,59 @@
+"""Kernels of a decode step besides attention, compiled without a GPU: they fit, nothing spills."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from test_sampling_compiles import Kernel, check
+
+from hf_tree_cache.attention.tiles import LIMITS
+from hf_tree_cache.forward import linear, small
+
+NVIDIA = [arch for arch in LIMITS if arch.startswith("sm_")]
+SHAPES = {
+    # rows, widths of the outputs, inputs
+    "Q, K and V of an 8B model": (16, (4096, 1024, 1024), 4096),
+    "gate and up of a 0.5B model": (64, (4864, 4864), 896),
+    "a head": (64, (128_256,), 4096),
+}
+
+
+@pytest.mark.parametrize("arch", NVIDIA)
+@pytest.mark.parametrize("name", SHAPES)
+def test_few_rows_fit(
+    arch: str, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kernel, launched = linear.few_rows_kernel, Kernel()
+    monkeypatch.setattr(linear, "few_rows_kernel", launched)
+    room = min(linear.MOST_SHARED, LIMITS[arch].shared_block)
+    monkeypatch.setattr(linear, "_shared_bytes", lambda device: room)
+    rows, widths, size = SHAPES[name]
+    bf16 = torch.bfloat16
+    weights = [torch.empty(width, size, dtype=bf16) for width in widths]
+    biases = [torch.empty(width, dtype=bf16) for width in widths if rows == 16]
+    linear.few_rows_linear(torch.empty(rows, 1, size, dtype=bf16), weights, biases)
+    assert launched.options["STAGES"] >= 3
+    check(arch, kernel, launched, tmp_path)
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_80", "gfx942"])
+def test_a_norm_and_a_rotary_embedding_fit(
+    arch: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(small, "_serves", lambda x: True)
+    kernel, launched = small.rms_norm_kernel, Kernel()
+    monkeypatch.setattr(small, "rms_norm_kernel", launched)
+    x = torch.empty(3, 1, small.MOST_SIZE, dtype=torch.bfloat16)
+    small.rms_norm(x, torch.empty(small.MOST_SIZE, dtype=x.dtype), 1e-6)
+    check(arch, kernel, launched, tmp_path)
+    kernel, launched = small.rotary_kernel, Kernel()
+    monkeypatch.setattr(small, "rotary_kernel", launched)
+    q, k = (torch.empty(3, heads, 1, 128, dtype=x.dtype) for heads in (64, 8))
+    cos, sin = torch.empty(2, 3, 1, 128, dtype=x.dtype)
+    small.make_rotary(lambda *args: pytest.fail("not served"))(q, k, cos, sin)
+    check(arch, kernel, launched, tmp_path)
