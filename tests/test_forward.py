@@ -124,6 +124,14 @@ def test_small_steps_in_one_launch_give_the_same(name):
     assert getattr(file, "apply_rotary_pos_emb", None) is before
 
 
+def test_compiled_layers_keep_their_norms_and_their_file():
+    model = build("llama")
+    layers = [part for layer in model.model.layers for part in layer.modules()]
+    steps = SmallSteps(model.modules(), besides=layers)
+    assert [module for module, _ in steps.norms] == [model.model.norm]
+    assert not steps.rotaries
+
+
 def halves(q, k, cos, sin, unsqueeze_dim=1):
     """Rotary embedding as most models of transformers have it."""
 

@@ -363,8 +363,8 @@ class DecodeGraphs:
             self._linears = DecodeLinears(self._model.modules(), join=compiled is not None)
         # Within compiled layers they are the compiler's.
         layers = [] if compiled is None else compiled.layers
-        inside = {part for layer in layers for part in layer.modules()}
-        self._small_steps = SmallSteps(x for x in self._model.modules() if x not in inside)
+        inside = [part for layer in layers for part in layer.modules()]
+        self._small_steps = SmallSteps(self._model.modules(), besides=inside)
 
 
 def _compiled_layers(model: nn.Module) -> CompiledLayers:

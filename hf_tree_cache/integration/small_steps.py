@@ -27,13 +27,18 @@ class SmallSteps:
     """The norms among ``parts``, and the rotary embeddings of their modelling files.
 
     Outside of :meth:`switched` everything computes as ever.
+
+    Args:
+        besides: modules to be left as they are, with the files that they come from.
     """
 
-    def __init__(self, parts: Iterable[nn.Module]) -> None:
-        parts = list(dict.fromkeys(parts))
+    def __init__(self, parts: Iterable[nn.Module], *, besides: Iterable[nn.Module] = ()) -> None:
+        others = set(besides)
+        parts = [part for part in dict.fromkeys(parts) if part not in others]
         self.norms = [(part, norm) for part in parts if (norm := _fuse_norm(part)) is not None]
+        kept = {type(part).__module__ for part in others}
         names = dict.fromkeys(type(part).__module__ for part in parts)
-        files = [sys.modules[name] for name in names if name in sys.modules]
+        files = [sys.modules[name] for name in names if name in sys.modules and name not in kept]
         device = next((x.device for part in parts for x in part.parameters()), None)
         self.rotaries = [
             (file, getattr(file, ROTARY), fused)
