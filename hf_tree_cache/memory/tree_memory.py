@@ -35,9 +35,9 @@ class TreeMemory:
         backtrack: int | None,
         poison: bool,
     ) -> None:
-        if backtrack is not None and backtrack < 0:
+        if backtrack is not None and (not isinstance(backtrack, int) or backtrack < 0):
             raise InvalidArgument(
-                f"backtrack={backtrack}: give a number of tokens, or None to keep everything."
+                f"backtrack={backtrack!r}: give a number of tokens, or None to keep everything."
             )
         self.tree = BranchTree(block_size, PhysicalKVAllocator(max_blocks, track_freed=True))
         self.pool = StoragePool(block_size, max_memory=max_memory, poison=poison)
