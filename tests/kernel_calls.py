@@ -18,8 +18,8 @@ from hf_tree_cache.attention.launch import Workspace, WorkspaceKey
 from hf_tree_cache.attention.plan import TreeAttentionPlan, Window, build_plan
 from hf_tree_cache.attention.reference import tree_attention_reference
 from hf_tree_cache.attention.tiles import TileSet
+from hf_tree_cache.memory.growth import AppendPlan
 from hf_tree_cache.memory.storage import KVSpec, KVStorage, SlabIndex
-from hf_tree_cache.memory.tree import AppendPlan
 
 OUT_TOLERANCES = {torch.bfloat16: 3e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 """Of the Frobenius norm, relative to float64 on the same rounded inputs."""

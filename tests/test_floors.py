@@ -20,6 +20,7 @@ FLOORS = {
     "generation.sending": 0,
     "integration.adapters": 1,
     "memory.allocator": 1,
+    "memory.growth": 1,
     "memory.places": 1,
     "memory.scatter": 1,
     "generation.uncertainty_kernel": 1,
@@ -110,6 +111,7 @@ TOP = max(FLOORS.values()) + 1
 # Bookkeeping is plain ints, so that it can be tested and reasoned about without tensors.
 NO_TORCH = {
     "memory.allocator",
+    "memory.growth",
     "memory.places",
     "memory.history",
     "memory.tree",

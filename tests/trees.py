@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from hf_tree_cache.memory.allocator import PhysicalKVAllocator
+from hf_tree_cache.memory.growth import AppendPlan
 from hf_tree_cache.memory.storage import KVSpec, KVStorage, SlabIndex
-from hf_tree_cache.memory.tree import AppendPlan, Branch, BranchTree
+from hf_tree_cache.memory.tree import Branch, BranchTree
 
 
 class ShadowTree:

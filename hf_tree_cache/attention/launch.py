@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 from triton import knobs
 
+from ..memory.growth import Grown
 from ..memory.storage import KVSpec, KVStorage
-from ..memory.tree import Grown
 from .buffers import IntBuffer, rounded
 from .kernel import tree_attention_kernel
 from .plan import TreeAttentionPlan, Window

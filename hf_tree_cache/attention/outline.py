@@ -15,7 +15,7 @@ from itertools import accumulate
 import numpy as np
 import numpy.typing as npt
 
-from ..memory.tree import Node
+from ..memory.growth import Node
 from .plan import TreeAttentionPlan, Window
 from .tiles import Tiles
 

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..memory.tree import BranchTree, Grown, Longs, Node
+from ..memory.growth import Grown, Longs, Node
+from ..memory.tree import BranchTree
 
 Position = TypeVar("Position", int, torch.Tensor, npt.NDArray[np.int64])
 

@@ -15,9 +15,9 @@ import torch
 from ..attention.buffers import IntBuffer
 from ..attention.launch import Workspace, WorkspaceKey, find_obstacle
 from ..attention.plan import Window
+from ..memory.growth import Grown, Longs
 from ..memory.scatter import scatter_tokens
 from ..memory.storage import KVStorage
-from ..memory.tree import Grown, Longs
 from .step import LayerKV, NotCapturable, Step
 
 

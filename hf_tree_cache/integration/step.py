@@ -11,8 +11,8 @@ import torch
 
 from ..attention.plan import TreeAttentionPlan
 from ..errors import HistoryFreed, StaleHandle, UnsupportedModel
+from ..memory.growth import AppendPlan
 from ..memory.storage import KVStorage, SlabIndex
-from ..memory.tree import AppendPlan
 
 UNKNOWN_READER = "read outside of tree attention"
 """Why K/V were gathered when it was not our attention that asked."""

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import HistoryFreed, IntegrityError
+from .growth import Node
 from .places import BlockPlaces
 from .storage import KVStorage
-from .tree import Branch, BranchTree, Node
+from .tree import Branch, BranchTree
 
 PASS_BLOCKS = 4
 """Blocks that every row has grown by, about, between two passes over the tree."""

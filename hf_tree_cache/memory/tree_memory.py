@@ -8,10 +8,11 @@ from typing import Any
 
 from ..errors import IntegrityError, InvalidArgument, OutOfBlocks
 from .allocator import PhysicalKVAllocator
+from .growth import AppendPlan
 from .history import WindowHistory
 from .pool import StoragePool
 from .storage import KVSpec, KVStorage
-from .tree import AppendPlan, Branch, BranchTree
+from .tree import Branch, BranchTree
 
 
 class TreeMemory:

@@ -10,8 +10,8 @@ from typing import Any
 
 from ..generation.view import frame, head, tokens_html
 from ..integration.cache import TreeCache
+from ..memory.growth import Node
 from ..memory.tree import Branch as CacheBranch
-from ..memory.tree import Node
 
 MAX_CELLS = 6000
 """Blocks that are drawn one by one; a thousand take 200 kB of HTML."""
