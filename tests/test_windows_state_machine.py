@@ -197,4 +197,4 @@ WindowsAgainstLists.TestCase.settings = settings(
 
 @pytest.mark.core
 class TestWindowsAgainstLists(WindowsAgainstLists.TestCase):  # type: ignore[name-defined, misc]
-    """That blocks go, and calls are refused, is seen to in test_windows.py, by lives that repeat."""
+    """That blocks go and calls are refused is seen to by test_windows.py, in lives that repeat."""
