@@ -104,7 +104,7 @@ def measure_gather(step: Step) -> float:
 def measure_kernel(step: Step) -> dict[str, Any]:
     """Our kernel, timed in its own graph, its results checked afterwards."""
     case, data = step.case, step.data
-    workspace = Workspace(case.key)
+    workspace = Workspace(case.key, overlap=True)
     workspace.prepare(step.plan, data.storage)
     shape = (step.num_rows, case.num_new, case.num_q_heads)
     out = [q.new_full((*shape, case.head_dim), math.nan) for q in step.q]
@@ -258,7 +258,7 @@ def fitting(peer: Peer, problem: Problem) -> Problem:
 def find_variant(case: Case) -> tuple[object, ...]:
     """What the kernel is compiled for, as far as we know: equal ones are compiled once."""
     step = Step(case, Data.of(case, num_layers=1))
-    workspace = Workspace(case.key)
+    workspace = Workspace(case.key, overlap=True)
     workspace.prepare(step.plan, step.data.storage)
     work = workspace.work
     assert work is not None
@@ -278,7 +278,7 @@ def compile_kernel(case: Case) -> str:
     started = time.perf_counter()
     try:
         step = Step(case, Data.of(case, num_layers=1))
-        workspace = Workspace(case.key)
+        workspace = Workspace(case.key, overlap=True)
         workspace.prepare(step.plan, step.data.storage)
         shape = (step.num_rows, case.num_new, case.num_q_heads)
         out = step.q[0].new_empty((*shape, case.head_dim))

@@ -20,7 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from kernel_calls import Call, Family, append, call_over, grow, make_call
 from models import build
-from test_forward import CASES, TOLERANCE, draw, error_of, error_of_norm, error_of_rotary
+from test_forward import (
+    CASES,
+    TOLERANCE,
+    draw,
+    error_of,
+    error_of_gated,
+    error_of_norm,
+    error_of_rotary,
+)
 from torch._dynamo.utils import counters
 from trees import SHAPES, ShadowTree
 from triton import knobs
@@ -28,7 +36,7 @@ from triton import knobs
 from hf_tree_cache.attention.dispatch import run_tree_attention
 from hf_tree_cache.attention.plan import Window
 from hf_tree_cache.attention.tiles import Tiles, TileSet
-from hf_tree_cache.forward.linear import MOST_ROWS, few_rows_linear
+from hf_tree_cache.forward.linear import MOST_ROWS, few_rows_gated, few_rows_linear
 from hf_tree_cache.integration.linears import DecodeLinears
 
 WINDOWS = [None, None, Window("sliding", 7), Window("chunked", 8), Window("sliding", 100)]
@@ -167,6 +175,11 @@ def run_forward() -> list[str]:
             error = error_of(few_rows_linear(*inputs), *inputs)
             if not error < FP16_FACTOR * TOLERANCE[torch.float16]:
                 wrong.append(f"{rows} rows, {widths} of {size}, bias {bias}: off by {error:.1e}")
+        inputs = draw(rows, (widths[0],) * 2, size, torch.float16, "cpu", False)
+        x, weights = inputs[0], [weight * size**-0.5 for weight in inputs[1]]
+        error = error_of_gated(few_rows_gated(x, *weights), x, *weights)
+        if not error < FP16_FACTOR * TOLERANCE[torch.float16]:
+            wrong.append(f"{rows} rows, gated, {widths[0]} of {size}: off by {error:.1e}")
     for error in (error_of_norm, error_of_rotary):
         if not error(torch.float16, "cpu") < FP16_FACTOR * TOLERANCE[torch.float16]:
             wrong.append(f"{error.__name__}: {error(torch.float16, 'cpu'):.1e}")

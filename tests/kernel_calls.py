@@ -37,7 +37,7 @@ class Family:
     Attributes:
         head_dims: of K and V.
         num_new: T is drawn from these.
-        fixed: the workspace always launches the same kernel.
+        fixed: the workspace always launches the same kernel, and one while the other ends.
         tiles: instead of those of the table.
         spread: standard deviation of the scores of every other query; of all others it is 1.
     """
@@ -81,7 +81,7 @@ class Family:
         return WorkspaceKey(spec, self.group, self.window, self.deterministic, self.tiles)
 
     def workspace(self, device: str) -> Workspace:
-        return Workspace(self.key(device), fixed=self.fixed)
+        return Workspace(self.key(device), fixed=self.fixed, overlap=self.fixed)
 
 
 @dataclass

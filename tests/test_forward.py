@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from models import build
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from hf_tree_cache.forward.linear import MOST_ROWS, few_rows_linear, find_obstacle
-from hf_tree_cache.forward.small import make_rotary, rms_norm
+from hf_tree_cache.forward.linear import (
+    MOST_ROWS,
+    TILES,
+    Gpu,
+    choose_tile,
+    few_rows_gated,
+    few_rows_linear,
+    find_obstacle,
+)
+from hf_tree_cache.forward.small import Sum, make_rotary, rms_norm
+from hf_tree_cache.integration import gated as gated_module
 from hf_tree_cache.integration import linears as linears_module
+from hf_tree_cache.integration.gated import GatedUnits
 from hf_tree_cache.integration.linears import DecodeLinears
+from hf_tree_cache.integration.pending_sums import PendingSums
 from hf_tree_cache.integration.small_steps import SmallSteps
 
 TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 5e-4}
@@ -62,6 +75,81 @@ def test_the_kernel_agrees_with_float64(dtype, rows, widths, size, bias):
     # Each row by itself, bit for bit, whatever is beside it.
     if rows <= 16:
         assert torch.equal(few_rows_linear(x[:1], weights, biases), got[:1])
+
+
+def error_of_gated(got, x, gate, up):
+    hidden = x.double() @ gate.double().T
+    want = hidden / (1 + (-hidden).exp()) * (x.double() @ up.double().T)
+    return float((got.double() - want).norm() / want.norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["bf16", "fp16"])
+@pytest.mark.parametrize("rows", [1, 16, 33, MOST_ROWS])
+@pytest.mark.parametrize(("width", "size"), [(14_336, 4096), (130, 72), (4864, 896)])
+def test_a_gated_product_agrees_with_float64(dtype, rows, width, size):
+    x, weights, _ = draw(rows, (width, width), size, dtype, "cuda", False)
+    weights = [weight * size**-0.5 for weight in weights]
+    got = few_rows_gated(x, *weights)
+    assert got.shape == (rows, 1, width) and got.dtype == dtype
+    assert error_of_gated(got, x, *weights) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("rows", [16, 32, 64])
+@pytest.mark.parametrize("gpu", [Gpu(132, 200 << 10), Gpu(84, 99 << 10), Gpu(16, 64 << 10)])
+@pytest.mark.parametrize("gated", [False, True])
+def test_tiles_fit_whatever_the_layer(rows, gpu, gated):
+    for width in (64, 4096, 6144, 128_256):
+        for size in (72, 896, 4096, 14_336):
+            tile = choose_tile(rows, width, size, gpu, gated=gated)
+            assert tile.shared_bytes(rows, 1 + gated) <= gpu.shared
+            assert tile.stages >= 3 and tile.n >= 16 and tile.k >= 64
+    assert choose_tile(16, 4096, 4096, Gpu(132, 200 << 10)) == TILES["alone"][0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_gated_units_take_the_kernel_and_are_given_back(name, monkeypatch):
+    model = build(name, torch.bfloat16).cuda()
+    units = GatedUnits(model.modules())
+    kinds = {type(unit) for unit, _, _ in units.units}
+    assert len(units.units) == model.config.num_hidden_layers and len(kinds) == 1
+    launched = []
+
+    def counted(x, *weights):
+        launched.append(x.numel() // x.shape[-1])
+        return few_rows_gated(x, *weights)
+
+    monkeypatch.setattr(gated_module, "few_rows_gated", counted)
+    mlp = model.model.layers[0].mlp
+    for rows in (3, MOST_ROWS, MOST_ROWS + 1):
+        x = torch.randn(rows, 1, model.config.hidden_size, dtype=torch.bfloat16, device="cuda")
+        want = mlp(x)
+        with units.switched():
+            assert (mlp(x) - want).abs().max() <= 2**-6 * want.abs().max()
+    assert launched == [3, MOST_ROWS]
+    assert {type(unit) for unit, _, _ in units.units} == kinds
+
+
+def test_units_that_compute_something_else_are_left_alone(monkeypatch):
+    monkeypatch.setattr(gated_module, "find_obstacle", lambda layer: None)
+
+    def fused(x, gate, up):
+        return nn.functional.silu(x @ gate.T) * (x @ up.T)
+
+    monkeypatch.setattr(gated_module, "few_rows_gated", fused)
+    # Gemma's is a gelu, GPT-2's has no gate.
+    for name, served in (("llama", True), ("gemma2", False), ("gpt2", False)):
+        model = build(name)
+        count = model.config.num_hidden_layers if served else 0
+        assert len(GatedUnits(model.modules()).units) == count, name
+    unit = build("llama").model.layers[0].mlp
+    assert len(GatedUnits([unit]).units) == 1
+    hook = unit.register_forward_hook(lambda *args: None)
+    assert not GatedUnits([unit]).units
+    hook.remove()
+    unit.gate_proj = nn.Linear(unit.gate_proj.in_features, unit.gate_proj.out_features)
+    assert not GatedUnits([unit]).units  # it has a bias
 
 
 @pytest.mark.gpu
@@ -124,6 +212,65 @@ def test_small_steps_in_one_launch_give_the_same(name):
     assert getattr(file, "apply_rotary_pos_emb", None) is before
 
 
+class Sums(TorchDispatchMode):
+    """Counts sums that operators write."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten.add.Tensor, torch.ops.aten.add.out)
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_norms_take_the_sum_before_them_along(monkeypatch):
+    model = build("llama", torch.bfloat16)
+    steps = SmallSteps(model.modules())
+    ids = torch.tensor([[1, 2, 3, 4]])
+    taken = []
+
+    def counted(x, weight, eps, *, added=None):
+        taken.append(added is not None)
+        return rms_norm(x, weight, eps, added=added)
+
+    module = sys.modules[SmallSteps.__module__]
+    monkeypatch.setattr(module, "rms_norm", counted)
+    with steps.switched():
+        got = model(ids).logits
+    monkeypatch.setattr(module, "PendingSums", lambda sizes: nullcontext())
+    monkeypatch.setattr(SmallSteps, "_take", lambda self, x: None)
+    with steps.switched():
+        want = model(ids).logits
+    # All but the first, which is of embeddings; then none.
+    norms = 2 * model.config.num_hidden_layers + 1
+    assert taken == [False] + [True] * (norms - 1) + [False] * norms
+    assert torch.equal(got, want)
+
+
+@torch.no_grad()
+def test_a_sum_that_no_norm_takes_is_written_before_anyone_reads_it():
+    x, y = torch.randn(2, 3, 1, 8, dtype=torch.bfloat16)
+    with Sums() as written, PendingSums({8}) as sums:
+        first = x + y
+        assert written.count == 0
+        second = first * 2
+        assert written.count == 1
+        third = x + y
+        added = sums.take(third)
+        assert added is not None and sums.take(third) is None
+        added.write()
+        left = x + y
+        assert sums.take(first) is None
+        for other in (x.float() + y.float(), x[:, 0] + y[:, 0], x[..., :4] + y[..., :4], x + 1):
+            assert other.shape
+        assert written.count == 3 + 4
+        last = x + first
+    assert written.count == 3 + 4 + 1
+    for got, want in ((first, x + y), (second, (x + y) * 2), (third, x + y), (left, x + y)):
+        assert torch.equal(got, want)
+    assert torch.equal(last, x + (x + y))
+
+
 def test_compiled_layers_keep_their_norms_and_their_file():
     model = build("llama")
     layers = [part for layer in model.model.layers for part in layer.modules()]
@@ -163,6 +310,10 @@ def error_of_norm(dtype, device):
         got = rms_norm(x, weight, 1e-5)
         assert got.dtype == dtype
         worst = max(worst, float((got.double() - exact).norm() / exact.norm()))
+        added = Sum(x / 3, x - x / 3, torch.empty_like(x))
+        got = rms_norm(added.out, weight, 1e-5, added=added)
+        assert torch.equal(added.out, added.first + added.second)
+        assert torch.equal(got, rms_norm(added.out, weight, 1e-5))
     return worst
 
 

@@ -20,6 +20,8 @@ SHAPES = {
     "Q, K and V of an 8B model": (16, (4096, 1024, 1024), 4096),
     "gate and up of a 0.5B model": (64, (4864, 4864), 896),
     "a head": (64, (128_256,), 4096),
+    "down of an 8B model": (32, (4096,), 14_336),
+    "gated, of an 8B model": (33, (14_336, 14_336), 4096),
 }
 
 
@@ -31,12 +33,16 @@ def test_few_rows_fit(
     kernel, launched = linear.few_rows_kernel, Kernel()
     monkeypatch.setattr(linear, "few_rows_kernel", launched)
     room = min(linear.MOST_SHARED, LIMITS[arch].shared_block)
-    monkeypatch.setattr(linear, "_shared_bytes", lambda device: room)
+    monkeypatch.setattr(linear, "_gpu", lambda device: linear.Gpu(132, room))
     rows, widths, size = SHAPES[name]
     bf16 = torch.bfloat16
     weights = [torch.empty(width, size, dtype=bf16) for width in widths]
     biases = [torch.empty(width, dtype=bf16) for width in widths if rows == 16]
-    linear.few_rows_linear(torch.empty(rows, 1, size, dtype=bf16), weights, biases)
+    x = torch.empty(rows, 1, size, dtype=bf16)
+    if name.startswith("gated"):
+        linear.few_rows_gated(x, *weights)
+    else:
+        linear.few_rows_linear(x, weights, biases)
     assert launched.options["STAGES"] >= 3
     check(arch, kernel, launched, tmp_path)
 

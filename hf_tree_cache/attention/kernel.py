@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -530,6 +531,7 @@ def tree_attention_kernel(
     SINKS: tl.constexpr,
     SPLIT_LIST: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,  # the kernel ahead may still run, see :mod:`..overlap`
 ):
     i_program = tl.program_id(0)
     if REVERSED:
@@ -558,6 +560,10 @@ def tree_attention_kernel(
         i_query_large = tl.load(p_record + 8 + i_large)
         b_limit_large = tl.load(p_record + 8 + QUERIES + i_large)
         b_id_large = tl.load(p_first + tl.arange(0, KV_LARGE) // S)
+    if OVERLAP:
+        # Work lists are older; queries and new K and V are not.
+        gdc_wait()
+        gdc_launch_dependents()
     if i_item < num_items:
         if MERGES and kind < 2 and num_work < num_items:
             tl.atomic_add(p_sync, 1, sem="relaxed")

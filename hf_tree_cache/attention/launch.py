@@ -16,6 +16,7 @@ from triton import knobs
 
 from ..memory.growth import Grown
 from ..memory.storage import KVSpec, KVStorage
+from ..overlap import can_overlap, launch_options
 from .buffers import IntBuffer, rounded
 from .kernel import tree_attention_kernel
 from .plan import TreeAttentionPlan, Window
@@ -90,6 +91,8 @@ class Workspace:
         key: what it is for.
         fixed: always launch the same kernel on the same grid, so that a captured CUDA graph stays
             valid until ``generation`` changes.
+        overlap: a launch may start while the one ahead of it ends, on GPUs that can; of the
+            buffers that it reads, the one ahead must not write any, see :mod:`..overlap`.
 
     Attributes:
         generation: changes when buffers had to move.
@@ -98,9 +101,10 @@ class Workspace:
             many as there is room for.
     """
 
-    def __init__(self, key: WorkspaceKey, *, fixed: bool = False) -> None:
+    def __init__(self, key: WorkspaceKey, *, fixed: bool = False, overlap: bool = False) -> None:
         self.key = key
         self.fixed = fixed
+        self.overlap = overlap and can_overlap(key.spec.device)
         self.generation = 0
         self.work: WorkList | None = None
         self.grid: int | None = None
@@ -238,6 +242,8 @@ class Workspace:
             SINKS=sinks is not None,
             SPLIT_LIST=spec.k_head_dim != spec.v_head_dim,
             PRECISION="ieee",
+            OVERLAP=self.overlap,
+            **launch_options(self.overlap),
             **tiles.options(_arch(spec.device)),
         )
 

@@ -1,12 +1,14 @@
 """Kernels for what surrounds attention in a decode step, where a batch has a few rows.
 
-Prefixes as in :mod:`..attention.kernel`.
+Prefixes as in :mod:`..attention.kernel`. OVERLAP: the kernel ahead may still run, see
+:mod:`..overlap`.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -29,7 +31,10 @@ def few_rows_kernel(
     TILE_K: tl.constexpr,
     STAGES: tl.constexpr,
     BIAS: tl.constexpr,
+    GATED: tl.constexpr,  # silu(first) * second, [rows, N_0]; of one size, without biases
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    AHEAD: tl.constexpr,  # columns of the weight, asked for before the wait
 ):
     """Linear layers: bound by reading their weights, which are read once, in order.
 
@@ -50,20 +55,39 @@ def few_rows_kernel(
     o_k = tl.arange(0, TILE_K)
     m_row = o_row[:, None] < num_rows
     # Rows of the weight beyond its last are that one again: a mask would cost more.
-    p_ws = p_w + tl.minimum(o_n, n - 1).to(tl.int64)[:, None] * K + o_k[None, :]
+    o_w = tl.minimum(o_n, n - 1).to(tl.int64)[:, None] * K
+    p_ws = p_w + o_w + o_k[None, :]
+    p_us = p_w_1 + o_w + o_k[None, :]
     p_xs = p_x + o_row[:, None] * K + o_k[None, :]
     b_y = tl.zeros([ROWS, TILE_N], tl.float32)
+    b_up = tl.zeros([ROWS, TILE_N], tl.float32)
+    if OVERLAP:
+        if AHEAD <= K:
+            _ask(p_w + o_w, AHEAD)
+            if GATED:
+                _ask(p_w_1 + o_w, AHEAD)
+        gdc_wait()
+        gdc_launch_dependents()
     for k in tl.range(0, K, TILE_K, num_stages=STAGES):
         if K % TILE_K == 0:
             b_w = tl.load(p_ws, eviction_policy="evict_first")  # [TILE_N, TILE_K]
+            if GATED:
+                b_u = tl.load(p_us, eviction_policy="evict_first")
             b_x = tl.load(p_xs, mask=m_row, other=0.0)  # [ROWS, TILE_K]
         else:
             m_k = (k + o_k < K)[None, :]
             b_w = tl.load(p_ws, mask=m_k, other=0.0, eviction_policy="evict_first")
+            if GATED:
+                b_u = tl.load(p_us, mask=m_k, other=0.0, eviction_policy="evict_first")
             b_x = tl.load(p_xs, mask=m_row & m_k, other=0.0)
         b_y = tl.dot(b_x, tl.trans(b_w), b_y, input_precision=PRECISION)
+        if GATED:
+            b_up = tl.dot(b_x, tl.trans(b_u), b_up, input_precision=PRECISION)
         p_ws += TILE_K
+        p_us += TILE_K
         p_xs += TILE_K
+    if GATED:
+        b_y = b_y * tl.sigmoid(b_y) * b_up
     m_n = o_n < n
     if BIAS:
         b_y += tl.load(p_b + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
@@ -72,19 +96,43 @@ def few_rows_kernel(
 
 
 @triton.jit
+def _ask(p_rows, COLUMNS: tl.constexpr):
+    """Have the first columns of rows ``[N, 1]``, of two bytes each, brought to L2."""
+    LINE: tl.constexpr = 64  # numbers of a line of 128 bytes
+    p_lines = p_rows + tl.arange(0, COLUMNS // LINE)[None, :] * LINE
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [p_lines.to(tl.int64)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def rms_norm_kernel(
     p_x,  # [rows, SIZE]
+    p_other,  # [rows, SIZE], added first
     p_weight,  # [SIZE]
+    p_sum,  # [rows, SIZE], what is normed
     p_y,
     eps,
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
+    ADD: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A program a row, in float32."""
     o_n = tl.arange(0, PADDED)
     m_n = o_n < SIZE
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     p_row = tl.program_id(0).to(tl.int64) * SIZE + o_n
     b_x = tl.load(p_x + p_row, mask=m_n, other=0.0).to(tl.float32)
+    if ADD:
+        b_x += tl.load(p_other + p_row, mask=m_n, other=0.0).to(tl.float32)
+        # Rounded as it is kept.
+        b_sum = b_x.to(p_sum.dtype.element_ty)
+        tl.store(p_sum + p_row, b_sum, mask=m_n)
+        b_x = b_sum.to(tl.float32)
     b_weight = tl.load(p_weight + o_n, mask=m_n, other=0.0).to(tl.float32)
     scale = tl.math.rsqrt(tl.sum(b_x * b_x, 0) / SIZE + eps)
     tl.store(p_y + p_row, (b_x * scale * b_weight).to(p_y.dtype.element_ty), mask=m_n)
@@ -107,8 +155,12 @@ def rotary_kernel(
     D: tl.constexpr,
     HEADS: tl.constexpr,  # the larger number of heads, padded
     HALF: tl.constexpr,  # D // 2, padded
+    OVERLAP: tl.constexpr,
 ):
     """Rotates the halves of each head against each other; a program a row and tensor."""
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     i_row = tl.program_id(0).to(tl.int64)
     is_q = tl.program_id(1) == 0
     o_h = tl.arange(0, HEADS)[:, None]

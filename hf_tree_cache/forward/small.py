@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from triton import knobs
 
+from ..overlap import can_overlap, launch_options
 from .kernels import rms_norm_kernel, rotary_kernel
 
 MOST_SIZE = 1 << 14
@@ -19,17 +21,43 @@ HALF = (torch.bfloat16, torch.float16)
 Rotary = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Of the last dimension of ``x``, times ``weight [N]``; computed in float32, rounded once."""
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """``first + second``, of one shape, that has still to be written to ``out``."""
+
+    first: torch.Tensor
+    second: torch.Tensor
+    out: torch.Tensor
+
+    def write(self) -> None:
+        torch.add(self.first, self.second, out=self.out)
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, added: Sum | None = None
+) -> torch.Tensor:
+    """Of the last dimension of ``x``, times ``weight [N]``; computed in float32, rounded once.
+
+    Args:
+        added: the sum that ``x`` stands for, if it has not been written; this does.
+    """
+    if added is not None and not (
+        _serves(x) and all(part.is_contiguous() for part in (added.first, added.second))
+    ):
+        added.write()
+        added = None
     if not _serves(x) or x.dtype != weight.dtype or len(weight) > MOST_SIZE:
         return nn.functional.rms_norm(x, weight.shape, weight, eps)
     x = x.contiguous()
     y = torch.empty_like(x)
     size = len(weight)
+    overlap = can_overlap(x.device)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         rms_norm_kernel[(x.numel() // size,)](
-            x, weight, y, eps, SIZE=size, PADDED=1 << (size - 1).bit_length(),
-            num_warps=8 if size > 1024 else 4 if size > 256 else 1,
+            *((x, x) if added is None else (added.first, added.second)), weight, x, y, eps,
+            SIZE=size, PADDED=1 << (size - 1).bit_length(), ADD=added is not None,
+            OVERLAP=overlap, num_warps=8 if size > 1024 else 4 if size > 256 else 1,
+            **launch_options(overlap),
         )  # fmt: skip
     return y
 
@@ -57,12 +85,14 @@ def make_rotary(theirs: Rotary) -> Rotary:
         num_kv_heads = k.shape[1]
         q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
         heads = max(num_q_heads, num_kv_heads)
+        overlap = can_overlap(q.device)
         with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
             rotary_kernel[(rows, 2)](
                 q, k, cos.contiguous(), sin.contiguous(), q_out, k_out,
                 q.stride(0), q.stride(1), k.stride(0), k.stride(1),
                 HQ=num_q_heads, HKV=num_kv_heads, D=size, HEADS=1 << (heads - 1).bit_length(),
-                HALF=1 << (size // 2 - 1).bit_length(), num_warps=4,
+                HALF=1 << (size // 2 - 1).bit_length(), OVERLAP=overlap, num_warps=4,
+                **launch_options(overlap),
             )  # fmt: skip
         return q_out, k_out
 

@@ -21,6 +21,7 @@ from .cache import TreeCache
 from .compiled import CompiledLayers
 from .decode_call import Call, outward, read_call, without_cache
 from .fingerprint import find_hook, fingerprint
+from .gated import GatedUnits
 from .layers import PagedLayer
 from .linears import DecodeLinears
 from .op_record import OpRecord, first_difference
@@ -175,6 +176,7 @@ class DecodeGraphs:
         self._compiled = _compiled_layers(model) if compile else None
         self._model = model
         self._linears = DecodeLinears((), join=False)
+        self._gated = GatedUnits(())
         self._small_steps = SmallSteps(())
         self._kinds: dict[Hashable, _Kind] = {}
         self._programs: dict[Call, _Program] = {}
@@ -233,6 +235,7 @@ class DecodeGraphs:
                 stack.enter_context(cache.decode_through(static))
                 stack.enter_context(_without_padding_check(self._model))
                 stack.enter_context(self._linears.switched())
+                stack.enter_context(self._gated.switched())
                 stack.enter_context(self._small_steps.switched())
                 if compiled is not None:
                     stack.enter_context(compiled.swapped(static, cache.layers))
@@ -361,6 +364,7 @@ class DecodeGraphs:
         compiled = self._compiled
         if not (self._linears and self._linears.intact):
             self._linears = DecodeLinears(self._model.modules(), join=compiled is not None)
+        self._gated = GatedUnits(self._model.modules())
         # Within compiled layers they are the compiler's.
         layers = [] if compiled is None else compiled.layers
         inside = [part for layer in layers for part in layer.modules()]

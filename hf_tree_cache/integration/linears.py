@@ -38,7 +38,7 @@ class DecodeLinears:
         groups += [
             [part]
             for part in parts
-            if isinstance(part, nn.Linear) and _is_plain(part) and part not in grouped
+            if isinstance(part, nn.Linear) and is_plain(part) and part not in grouped
         ]
         self._groups = [
             group
@@ -173,7 +173,7 @@ class _Group:
                 child.bias.data = self.joined_bias[first:last]
 
 
-def _is_plain(module: nn.Linear) -> bool:
+def is_plain(module: nn.Linear) -> bool:
     """Whether it is a linear layer that does nothing but its product."""
     if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
         return False
@@ -183,7 +183,7 @@ def _is_plain(module: nn.Linear) -> bool:
 def _neighbours(module: nn.Module, names: Sequence[str]) -> list[nn.Linear] | None:
     """The children of ``module`` called ``names``, if their products can be one."""
     children = [module._modules.get(name) for name in names]
-    linears = [child for child in children if isinstance(child, nn.Linear) and _is_plain(child)]
+    linears = [child for child in children if isinstance(child, nn.Linear) and is_plain(child)]
     if len(linears) != len(names):
         return None
     kinds = {

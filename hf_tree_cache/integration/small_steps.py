@@ -10,13 +10,15 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 
 import torch
 from torch import nn
 
-from ..forward.small import HALF, make_rotary, rms_norm
+from ..forward.small import HALF, Sum, make_rotary, rms_norm
+from .pending_sums import PendingSums
+from .trial import agree, made_up
 
 EPS_NAMES = ("variance_epsilon", "eps")
 ROTARY = "apply_rotary_pos_emb"
@@ -29,13 +31,17 @@ class SmallSteps:
     Outside of :meth:`switched` everything computes as ever.
 
     Args:
-        besides: modules to be left as they are, with the files that they come from.
+        besides: modules to be left as they are, with the files that they come from. Where there
+            are none, a norm also computes the sum that it is of.
     """
 
     def __init__(self, parts: Iterable[nn.Module], *, besides: Iterable[nn.Module] = ()) -> None:
         others = set(besides)
+        self._sums: PendingSums | None = None
         parts = [part for part in dict.fromkeys(parts) if part not in others]
-        self.norms = [(part, norm) for part in parts if (norm := _fuse_norm(part)) is not None]
+        self.norms = [(part, norm) for part in parts if (norm := self._fuse_norm(part)) is not None]
+        sizes = {module.get_parameter("weight").numel() for module, _ in self.norms}
+        self._sizes = set() if others else sizes
         kept = {type(part).__module__ for part in others}
         names = dict.fromkeys(type(part).__module__ for part in parts)
         files = [sys.modules[name] for name in names if name in sys.modules and name not in kept]
@@ -53,35 +59,41 @@ class SmallSteps:
             module.forward = fused
         for file, _, rotary in self.rotaries:
             setattr(file, ROTARY, rotary)
+        self._sums = PendingSums(self._sizes)
         try:
-            yield
+            # Compiled functions would not run under a mode.
+            with self._sums if self._sizes else nullcontext():
+                yield
         finally:
+            self._sums = None
             for module, _ in self.norms:
                 vars(module).pop("forward", None)
             for file, theirs, _ in self.rotaries:
                 setattr(file, ROTARY, theirs)
 
+    def _take(self, x: torch.Tensor) -> Sum | None:
+        return None if self._sums is None else self._sums.take(x)
 
-def _fuse_norm(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """A forward in one launch that does what the module's own does; None if there is none."""
-    eps = next((vars(module)[name] for name in EPS_NAMES if name in vars(module)), None)
-    weight = module._parameters.get("weight")
-    if not isinstance(eps, float) or weight is None or weight.ndim != 1 or weight.is_meta:
-        return None
-    if len(list(module.parameters())) > 1 or "forward" in vars(module):
-        return None
-    if module._forward_hooks or module._forward_pre_hooks:
-        return None
-    if len(inspect.signature(module.forward).parameters) != 1:
-        return None
+    def _fuse_norm(self, module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """A forward in one launch that does what the module's own does; None if there is none."""
+        eps = next((vars(module)[name] for name in EPS_NAMES if name in vars(module)), None)
+        weight = module._parameters.get("weight")
+        if not isinstance(eps, float) or weight is None or weight.ndim != 1 or weight.is_meta:
+            return None
+        if len(list(module.parameters())) > 1 or "forward" in vars(module):
+            return None
+        if module._forward_hooks or module._forward_pre_hooks:
+            return None
+        if len(inspect.signature(module.forward).parameters) != 1:
+            return None
 
-    def fused(hidden_states: torch.Tensor) -> torch.Tensor:
-        weight = module._parameters["weight"]
-        assert weight is not None
-        return rms_norm(hidden_states, weight, eps)
+        def fused(hidden_states: torch.Tensor) -> torch.Tensor:
+            weight = module._parameters["weight"]
+            assert weight is not None
+            return rms_norm(hidden_states, weight, eps, added=self._take(hidden_states))
 
-    trial = _trial(TRIAL_ROWS, len(weight), like=weight)
-    return fused if _agree(module, fused, trial) else None
+        trial = made_up(TRIAL_ROWS, len(weight), like=weight)
+        return fused if agree(module, fused, trial) else None
 
 
 def _fuse_rotary(file: ModuleType, device: torch.device) -> Callable[..., object] | None:
@@ -92,37 +104,6 @@ def _fuse_rotary(file: ModuleType, device: torch.device) -> Callable[..., object
     fused = make_rotary(theirs)
     size = 64
     like = torch.empty(0, dtype=HALF[0], device=device)
-    q, k = (_trial(TRIAL_ROWS, heads, 1, size, like=like) for heads in (2, 1))
-    cos, sin = _trial(2, TRIAL_ROWS, 1, size, like=like)
-    return fused if _agree(theirs, fused, q, k, cos, sin) else None
-
-
-def _trial(*shape: int, like: torch.Tensor) -> torch.Tensor:
-    """Made-up values, the same each time."""
-    count = torch.Size(shape).numel()
-    values = torch.arange(count, device=like.device) * 7 % 19 - 8.5
-    return (values / 4).to(like.dtype).reshape(shape)
-
-
-@torch.no_grad()
-def _agree(
-    theirs: Callable[..., object], ours: Callable[..., object], *trial: torch.Tensor
-) -> bool:
-    try:
-        want, got = theirs(*trial), ours(*trial)
-    except (RuntimeError, TypeError, ValueError):  # made for arguments of other kinds
-        return False
-    pairs = list(zip(_tensors(want), _tensors(got), strict=False))
-    if not pairs or len(_tensors(want)) != len(_tensors(got)):
-        return False
-    return all(
-        one.shape == other.shape
-        and one.dtype == other.dtype
-        and bool((one - other).abs().max() <= 4 * torch.finfo(one.dtype).eps * one.abs().max())
-        for one, other in pairs
-    )
-
-
-def _tensors(value: object) -> list[torch.Tensor]:
-    values = value if isinstance(value, tuple) else (value,)
-    return [x for x in values if isinstance(x, torch.Tensor)]
+    q, k = (made_up(TRIAL_ROWS, heads, 1, size, like=like) for heads in (2, 1))
+    cos, sin = made_up(2, TRIAL_ROWS, 1, size, like=like)
+    return fused if agree(theirs, fused, q, k, cos, sin) else None

@@ -197,7 +197,7 @@ class _Reader:
     """One kind of launch, and where it puts its results."""
 
     def __init__(self, key: WorkspaceKey) -> None:
-        self.workspace = Workspace(key, fixed=True)
+        self.workspace = Workspace(key, fixed=True, overlap=True)
         self.out = self.lse = torch.empty(0, device=key.spec.device)
 
     def room_for(self, bucket: int) -> bool:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from ..overlap import can_overlap, launch_options
 
 
 @triton.jit
@@ -28,7 +31,11 @@ def scatter_kernel(
     DKP: tl.constexpr,
     DVP: tl.constexpr,
     S: tl.constexpr,
+    OVERLAP: tl.constexpr,  # the kernel ahead may still run, see :mod:`..overlap`
 ):
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     i_row = tl.program_id(0)
     num_rows = tl.load(p_num_rows)
     k_block = tl.load(p_k_blocks + i_row).to(tl.int64)
@@ -67,6 +74,7 @@ def scatter_tokens(
     """
     k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
     num_heads, k_dim, v_dim = k.shape[1], k.shape[3], v.shape[3]
+    overlap = can_overlap(k.device)
     scatter_kernel[(len(k),)](
         k,
         v,
@@ -86,4 +94,6 @@ def scatter_tokens(
         DKP=triton.next_power_of_2(k_dim),
         DVP=triton.next_power_of_2(v_dim),
         S=block_size,
+        OVERLAP=overlap,
+        **launch_options(overlap),
     )

@@ -1,0 +1,83 @@
+"""Gated units of a model as decode steps compute them: silu(gate(x)) * up(x) in one launch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..forward.linear import MOST_ROWS, few_rows_gated, find_obstacle
+from .linears import is_plain
+from .trial import agree, made_up
+
+NAMES = ("gate_proj", "up_proj", "down_proj")
+TRIAL_ROWS = 2
+
+
+class GatedUnits:
+    """Those among ``parts`` whose forward is down(silu(gate(x)) * up(x)); tried, not read.
+
+    Outside of :meth:`switched` they compute as ever.
+    """
+
+    def __init__(self, parts: Iterable[nn.Module]) -> None:
+        ours: dict[type[nn.Module], type[nn.Module]] = {}
+        self.units = [
+            (part, type(part), ours.setdefault(type(part), _fuse(type(part))))
+            for part in dict.fromkeys(parts)
+            if _is_gated(part)
+        ]
+
+    @contextmanager
+    def switched(self) -> Iterator[None]:
+        """Within, few rows take the kernel."""
+        # Classes, not forwards: a compiler makes one forward for all units of a class.
+        for unit, _, ours in self.units:
+            unit.__class__ = ours
+        try:
+            yield
+        finally:
+            for unit, theirs, _ in self.units:
+                unit.__class__ = theirs
+
+
+def _fuse(kind: type[nn.Module]) -> type[nn.Module]:
+    """``kind`` with the kernel in its forward."""
+
+    def forward(self: Any, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        (x,) = args or kwargs.values()
+        if x.numel() > MOST_ROWS * x.shape[-1]:
+            return kind.forward(self, x)
+        hidden = few_rows_gated(x, self.gate_proj.weight, self.up_proj.weight)
+        return self.down_proj(hidden)
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+
+
+def _is_gated(module: nn.Module) -> bool:
+    layers = [module._modules.get(name) for name in NAMES]
+    linears = [x for x in layers if isinstance(x, nn.Linear) and is_plain(x)]
+    if len(linears) < len(NAMES) or "forward" in vars(module):
+        return False
+    gate, up, _ = linears
+    if gate.weight.shape != up.weight.shape or gate.bias is not None or up.bias is not None:
+        return False
+    if (
+        any(find_obstacle(x) is not None for x in (gate, up))
+        or gate.weight.dtype != up.weight.dtype
+    ):
+        return False
+    if module._forward_hooks or module._forward_pre_hooks:
+        return False
+    if len(inspect.signature(module.forward).parameters) != 1:
+        return False
+    kind = type(module)
+
+    def fused(x: torch.Tensor) -> torch.Tensor:
+        return _fuse(kind).forward(module, x)
+
+    return agree(module, fused, made_up(TRIAL_ROWS, gate.in_features, like=gate.weight))
