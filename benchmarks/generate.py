@@ -62,8 +62,8 @@ SECTIONS: dict[str, tuple[float, Callable[[PreTrainedModel, str], Any]]] = {
 }
 """Measured once a shape: rough seconds, and how."""
 
-FEW = list(WAYS)[:4]
-ORDER = [*FEW, "prefill", "different_prompts", *list(WAYS)[4:7], "largest", *list(WAYS)[7:]]
+FEW = list(WAYS)[:5]
+ORDER = [*FEW, "prefill", "different_prompts", *list(WAYS)[5:8], "largest", *list(WAYS)[8:]]
 """What is measured first matters most; of shapes but 8B, only FEW unless asked for."""
 
 

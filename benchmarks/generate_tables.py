@@ -7,6 +7,7 @@ from typing import Any
 
 README_WORKLOADS = ((2_000, 16), (2_000, 64), (2_000, 256), (32_768, 32))
 README_METHODS = {
+    "tree_generate": "`tree_generate`",
     "tree_generate, compiled": "`tree_generate`, compiled",
     "stock generate, TreeCache": "stock `generate`",
     "stock generate, DynamicCache": "DynamicCache",

@@ -297,6 +297,7 @@ def _peer(run: Callable[..., Timeline], **limits: Any) -> Way:
 
 
 WAYS = {
+    "tree_generate": Way(with_tree_generate, {}, for_churn=True),
     "tree_generate, compiled": Way(with_tree_generate, {"compile": True}, for_churn=True),
     "stock generate, TreeCache": Way(with_tree, {}),
     "stock generate, TreeCache, compiled": Way(with_tree, {"compile": True}),
@@ -309,7 +310,6 @@ WAYS = {
     "continuous batching, graphs, async": _peer(
         _batching(True, True), most_tokens=32, most_seconds=30
     ),
-    "tree_generate": Way(with_tree_generate, {}, for_churn=True),
     "stock generate, TreeCache, no graphs": Way(
         with_tree, {"cuda_graphs": False}, repeats=1, most_rows=64, most_prompt=2_000
     ),

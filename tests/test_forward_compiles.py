@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from test_kernel_compiles import OVERLAPPING
 from test_sampling_compiles import Kernel, check
 
 from hf_tree_cache.attention.tiles import LIMITS
@@ -34,6 +35,7 @@ def test_few_rows_fit(
     monkeypatch.setattr(linear, "few_rows_kernel", launched)
     room = min(linear.MOST_SHARED, LIMITS[arch].shared_block)
     monkeypatch.setattr(linear, "_gpu", lambda device: linear.Gpu(132, room))
+    monkeypatch.setattr(linear, "can_overlap", lambda device: arch in OVERLAPPING)
     rows, widths, size = SHAPES[name]
     bf16 = torch.bfloat16
     weights = [torch.empty(width, size, dtype=bf16) for width in widths]
@@ -52,10 +54,15 @@ def test_a_norm_and_a_rotary_embedding_fit(
     arch: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(small, "_serves", lambda x: True)
+    monkeypatch.setattr(small, "can_overlap", lambda device: arch in OVERLAPPING)
     kernel, launched = small.rms_norm_kernel, Kernel()
     monkeypatch.setattr(small, "rms_norm_kernel", launched)
     x = torch.empty(3, 1, small.MOST_SIZE, dtype=torch.bfloat16)
     small.rms_norm(x, torch.empty(small.MOST_SIZE, dtype=x.dtype), 1e-6)
+    check(arch, kernel, launched, tmp_path)
+    added = small.Sum(x, x, torch.empty_like(x))
+    small.rms_norm(x, torch.empty(small.MOST_SIZE, dtype=x.dtype), 1e-6, added=added)
+    assert launched.options["ADD"]
     check(arch, kernel, launched, tmp_path)
     kernel, launched = small.rotary_kernel, Kernel()
     monkeypatch.setattr(small, "rotary_kernel", launched)

@@ -47,6 +47,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "blocks of 4": {"block_size": 4},
     "3 new tokens": {"num_new": (3,)},
 }
+OVERLAPPING = ("sm_90", "sm_100", "sm_120")
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 IS_TABLES_OWN = VERSION < (3, 7)
 """The table was made with Triton 3.6; later ones need more registers, above all for merges."""
@@ -144,6 +145,7 @@ def arguments_of(
     patch.setattr(launch, "_arch", lambda device: variant.arch)
     patch.setattr(launch, "_num_sms", lambda device: 132)
     workspace = family.workspace("cpu")
+    workspace.overlap = variant.arch in OVERLAPPING
     call = call_over(family, grown, "cpu")
     workspace.prepare(call.plan, call.storage)
     got: list[Any] = []
