@@ -26,6 +26,7 @@ from test_forward import (
     draw,
     error_of,
     error_of_gated,
+    error_of_gated_product,
     error_of_norm,
     error_of_rotary,
 )
@@ -180,7 +181,7 @@ def run_forward() -> list[str]:
         error = error_of_gated(few_rows_gated(x, *weights), x, *weights)
         if not error < FP16_FACTOR * TOLERANCE[torch.float16]:
             wrong.append(f"{rows} rows, gated, {widths[0]} of {size}: off by {error:.1e}")
-    for error in (error_of_norm, error_of_rotary):
+    for error in (error_of_norm, error_of_rotary, error_of_gated_product):
         if not error(torch.float16, "cpu") < FP16_FACTOR * TOLERANCE[torch.float16]:
             wrong.append(f"{error.__name__}: {error(torch.float16, 'cpu'):.1e}")
     return wrong

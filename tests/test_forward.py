@@ -23,7 +23,7 @@ from hf_tree_cache.forward.linear import (
     few_rows_linear,
     find_obstacle,
 )
-from hf_tree_cache.forward.small import Sum, make_rotary, rms_norm
+from hf_tree_cache.forward.small import Sum, gated_product, make_rotary, rms_norm
 from hf_tree_cache.integration import gated as gated_module
 from hf_tree_cache.integration import linears as linears_module
 from hf_tree_cache.integration.gated import GatedUnits
@@ -317,6 +317,18 @@ def error_of_norm(dtype, device):
     return worst
 
 
+def error_of_gated_product(dtype, device):
+    torch.manual_seed(0)
+    worst = 0.0
+    for rows, size in ((1, 24), (65, 200), (3, 2100)):
+        gate, up = torch.randn(rows, 1, 2 * size).to(dtype).to(device).chunk(2, -1)
+        want = gate.double() / (1 + (-gate.double()).exp()) * up.double()
+        got = gated_product(gate, up)
+        assert got.shape == (rows, 1, size) and got.dtype == dtype
+        worst = max(worst, float((got.double() - want).norm() / want.norm()))
+    return worst
+
+
 def error_of_rotary(dtype, device):
     torch.manual_seed(0)
 
@@ -341,7 +353,7 @@ def error_of_rotary(dtype, device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["bf16", "fp16"])
-@pytest.mark.parametrize("error", [error_of_norm, error_of_rotary])
+@pytest.mark.parametrize("error", [error_of_norm, error_of_rotary, error_of_gated_product])
 def test_small_steps_agree_with_float64(dtype, error):
     assert error(dtype, "cuda") < TOLERANCE[dtype]
 

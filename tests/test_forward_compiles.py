@@ -50,9 +50,7 @@ def test_few_rows_fit(
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_80", "gfx942"])
-def test_a_norm_and_a_rotary_embedding_fit(
-    arch: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_small_steps_fit(arch: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(small, "_serves", lambda x: True)
     monkeypatch.setattr(small, "can_overlap", lambda device: arch in OVERLAPPING)
     kernel, launched = small.rms_norm_kernel, Kernel()
@@ -63,6 +61,10 @@ def test_a_norm_and_a_rotary_embedding_fit(
     added = small.Sum(x, x, torch.empty_like(x))
     small.rms_norm(x, torch.empty(small.MOST_SIZE, dtype=x.dtype), 1e-6, added=added)
     assert launched.options["ADD"]
+    check(arch, kernel, launched, tmp_path)
+    kernel, launched = small.gated_product_kernel, Kernel()
+    monkeypatch.setattr(small, "gated_product_kernel", launched)
+    small.gated_product(x, x)
     check(arch, kernel, launched, tmp_path)
     kernel, launched = small.rotary_kernel, Kernel()
     monkeypatch.setattr(small, "rotary_kernel", launched)

@@ -139,6 +139,30 @@ def rms_norm_kernel(
 
 
 @triton.jit
+def gated_product_kernel(
+    p_gate,  # [rows, SIZE], any stride between rows
+    p_up,
+    p_y,  # [rows, SIZE]
+    stride_gate,
+    stride_up,
+    SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """silu(gate) * up; a program a row and tile."""
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    i_row = tl.program_id(0).to(tl.int64)
+    o_n = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    m_n = o_n < SIZE
+    b_gate = tl.load(p_gate + i_row * stride_gate + o_n, mask=m_n, other=0.0).to(tl.float32)
+    b_up = tl.load(p_up + i_row * stride_up + o_n, mask=m_n, other=0.0).to(tl.float32)
+    b_y = b_gate * tl.sigmoid(b_gate) * b_up
+    tl.store(p_y + i_row * SIZE + o_n, b_y.to(p_y.dtype.element_ty), mask=m_n)
+
+
+@triton.jit
 def rotary_kernel(
     p_q,  # [rows, Hq, D], any strides but 1 for the last
     p_k,  # [rows, Hkv, D]

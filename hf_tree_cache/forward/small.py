@@ -1,4 +1,4 @@
-"""RMS norm and rotary embedding, each in one launch: what they serve, and else torch's way."""
+"""RMS norm, rotary embedding, gated product: one launch each where served, else torch's way."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from torch import nn
 from triton import knobs
 
 from ..overlap import can_overlap, launch_options
-from .kernels import rms_norm_kernel, rotary_kernel
+from .kernels import gated_product_kernel, rms_norm_kernel, rotary_kernel
 
 MOST_SIZE = 1 << 14
 """Numbers of a row that one program holds."""
+
+TILE = 2048
+"""Numbers that a program of a gated product takes."""
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -58,6 +61,26 @@ def rms_norm(
             SIZE=size, PADDED=1 << (size - 1).bit_length(), ADD=added is not None,
             OVERLAP=overlap, num_warps=8 if size > 1024 else 4 if size > 256 else 1,
             **launch_options(overlap),
+        )  # fmt: skip
+    return y
+
+
+def gated_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up``, rounded once; ``[rows, 1, N]`` each."""
+    same = gate.shape == up.shape and gate.dtype == up.dtype and gate.ndim == 3
+    if (
+        not same
+        or gate.shape[1] != 1
+        or not (_serves(gate) and gate.stride(2) == up.stride(2) == 1)
+    ):
+        return nn.functional.silu(gate) * up
+    rows, _, size = gate.shape
+    y = gate.new_empty(gate.shape)
+    overlap = can_overlap(gate.device)
+    with torch.cuda.device(gate.device) if gate.is_cuda else nullcontext():
+        gated_product_kernel[(rows, -(-size // TILE))](
+            gate, up, y, gate.stride(0), up.stride(0), SIZE=size, TILE=TILE, OVERLAP=overlap,
+            num_warps=4, **launch_options(overlap),
         )  # fmt: skip
     return y
 

@@ -1,4 +1,4 @@
-"""Gated units of a model as decode steps compute them: silu(gate(x)) * up(x) in one launch."""
+"""Gated units of a model as decode steps compute them: few rows in one launch, more in three."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..forward.linear import MOST_ROWS, few_rows_gated, find_obstacle
+from ..forward.small import gated_product
 from .linears import is_plain
 from .trial import agree, made_up
 
@@ -50,9 +51,12 @@ def _fuse(kind: type[nn.Module]) -> type[nn.Module]:
 
     def forward(self: Any, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         (x,) = args or kwargs.values()
-        if x.numel() > MOST_ROWS * x.shape[-1]:
+        if x.numel() <= MOST_ROWS * x.shape[-1]:
+            hidden = few_rows_gated(x, self.gate_proj.weight, self.up_proj.weight)
+        elif torch.compiler.is_compiling():  # it joins activation and product by itself
             return kind.forward(self, x)
-        hidden = few_rows_gated(x, self.gate_proj.weight, self.up_proj.weight)
+        else:
+            hidden = gated_product(self.gate_proj(x), self.up_proj(x))
         return self.down_proj(hidden)
 
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
