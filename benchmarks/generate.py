@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from capacity import LARGEST, most_branches
+from cards import card_of
 from ceilings import linear_read
 from prompts import PROMPTS, different_prompts, prefill
 from shapes import SHAPES, build, bytes_read, token_bytes, weight_bytes
@@ -118,11 +119,6 @@ def missing_room(shape: str) -> str | None:
     if need + 5e9 < free:
         return None
     return f"{need / 1e9:.0f} GB of weights on a card of {total / 1e9:.0f}"
-
-
-def card_of(where: dict[str, str]) -> str:
-    """A short name for file names: h100, h200."""
-    return where["gpu"].removeprefix("NVIDIA ").partition(" ")[0].lower()
 
 
 class Results:

@@ -17,7 +17,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import generate_tables, kernel_tables, latent_tables, sampling_tables
+from benchmarks import (
+    generate_tables,
+    kernel_tables,
+    latent_tables,
+    linear_tables,
+    sampling_tables,
+)
 from hf_tree_cache.memory.allocator import PhysicalKVAllocator
 from hf_tree_cache.memory.tree import Branch, BranchTree
 
@@ -37,9 +43,9 @@ def load(results: Path, name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def load_cards(results: Path) -> list[dict[str, Any]]:
-    """The results of benchmarks/generate.py, one of each card."""
-    found = sorted(results.glob("generate_*.json"))
+def load_cards(results: Path, name: str = "generate") -> list[dict[str, Any]]:
+    """The results of a benchmark that has a file for each card."""
+    found = sorted(results.glob(f"{name}_*.json"))
     return [json.loads(path.read_text(encoding="utf-8")) for path in found]
 
 
@@ -340,6 +346,8 @@ def pages(root: Path) -> dict[Path, str]:
     readme, docs = root / "README.md", root / "docs" / "benchmarks.md"
     sections = [kernel_tables.docs_text(kernel), _generation(cards)]
     sections += [_sampling(load(results, "sampling")), _latents(latents)]
+    if linears := load_cards(results, "linear"):
+        sections.append(_linears(linears))
     if memory is not None:
         sections.append(f"## Bookkeeping\n\n{_memory_sentence(memory)}")
     if planning is not None:
@@ -388,6 +396,18 @@ def _latents(result: dict[str, Any] | None) -> str:
     )
     lines = textwrap.wrap(about, 108, break_on_hyphens=False)
     return "\n".join(["## Latents", "", *lines, "", latent_tables.docs_text(result)])
+
+
+def _linears(cards: list[dict[str, Any]]) -> str:
+    about = (
+        "`benchmarks/linear.py`: linear layers of a decode step in bf16, µs a product, beside "
+        "torch (cuBLAS). Layers with the same input are one product, in torch of their joined "
+        "weight. A CUDA graph goes through copies that are several times as large as L2. Results "
+        "may be no further from float64 than 1.25 × torch's. *Floor*: weights, biases and rows "
+        "once, at the speed of a linear read. *A step*: all such layers of the model."
+    )
+    lines = textwrap.wrap(about, 108, break_on_hyphens=False)
+    return "\n".join(["## Linear layers", "", *lines, "", linear_tables.docs_text(cards)])
 
 
 def _filled(page: Path, results: str) -> str:

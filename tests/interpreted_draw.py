@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -31,6 +32,7 @@ def options(sampling: Sampling) -> dict[str, float]:
 
 def check_draws(vocab: int, dtype: torch.dtype, names: Iterable[str]) -> Iterator[str]:
     """What is kept, what is drawn from a noise, its log-prob."""
+    draw_kernel.ROW_TILE = 2
     for name in names:
         sampling, logits = SAMPLINGS[name], rows(vocab, dtype)
         noise = torch.empty(logits.shape).exponential_()
@@ -47,8 +49,57 @@ def check_draws(vocab: int, dtype: torch.dtype, names: Iterable[str]) -> Iterato
             yield f"{where}: log-probs {numbers[:, 0].tolist()}"
 
 
+def check_wide() -> Iterator[str]:
+    """Top-p that keeps most tokens, of rows made to be searched in vain."""
+    draw_kernel.ROW_TILE = 2
+    vocab = 2_500
+    logits = torch.randn(8, vocab)
+    groups = torch.arange(vocab) // draw_kernel.GROUP
+    sampled = groups % (groups.max() // 2) == 0
+    logits[1] = (2 * logits[1]).round()
+    logits[2] = (logits[2] > 0).float()
+    logits[3, logits[0] > 0] = -math.inf
+    logits[4] = 5.0 * sampled + 0.1 * logits[4]
+    logits[5] = -5.0 * sampled + 0.1 * logits[5]
+    logits[6] = torch.linspace(-4, 4, vocab)
+    logits[7] *= 3
+    logits = logits.bfloat16()
+    noise = torch.empty(logits.shape).exponential_()
+    for sampling, count in ((Sampling(top_p=0.9), 8), (Sampling(top_p=0.5, top_k=2_000), 1)):
+        few = logits[:count]
+        tokens, numbers, cut = draw(few, noise[:count], **options(sampling))
+        kept = kept_by_kernel(few, sampling, numbers, cut)
+        different = (kept != kept_by_sorting(few, sampling)).sum(1)
+        # Where the border falls between two tokens of the same sum in float32, either may go.
+        if different.max() > 1:
+            yield f"{sampling}: {different.tolist()} tokens kept otherwise"
+        scores = few.float().masked_fill(~kept, -math.inf)
+        if not torch.equal(tokens, (scores.softmax(-1) / noise[:count]).argmax(-1)):
+            yield f"{sampling}: drew {tokens.tolist()}"
+
+
+def check_reads() -> Iterator[str]:
+    """How often a flat row is read: in full, twice to narrow the range, in full for the race."""
+    draw_kernel.ROW_TILE = 64
+    logits = torch.randn(1, 128_256).bfloat16()
+    tile, seen = draw_kernel._tile, []
+
+    def counted(p_x: Any, p_list: Any, i_tile: Any, *others: Any) -> Any:
+        seen.append(i_tile)
+        return tile(p_x, p_list, i_tile, *others)
+
+    draw_kernel._tile = counted
+    try:
+        draw(logits, torch.empty(logits.shape).exponential_(), top_p=0.9)
+    finally:
+        draw_kernel._tile = tile
+    if len(seen) > 5.5 * 16:
+        yield f"a row of 16 tiles was read in {len(seen)}"
+
+
 def check_ranks() -> Iterator[str]:
     """Rows that share a noise get its best, its second best and so on."""
+    draw_kernel.ROW_TILE = 2
     for greedy in (False, True):
         for sampling in (Sampling(), Sampling(top_k=3)) if not greedy else (Sampling(),):
             logits = torch.randn(1, 300).mul(2).round().expand(6, 300).contiguous()
@@ -96,10 +147,11 @@ def main() -> None:
     assert knobs.runtime.interpret, "set TRITON_INTERPRET=1"
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    draw_kernel.ROW_TILE = 2
     jobs = {
         "7": check_draws(7, torch.float32, SAMPLINGS),
         "600": check_draws(600, torch.bfloat16, ["temperature", "wide top-k", "top-p", "all"]),
+        "wide": check_wide(),
+        "reads": check_reads(),
         "ranks": check_ranks(),
         "broken": check_broken(),
         "uncertainty": check_uncertainty(),

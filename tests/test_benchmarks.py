@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,11 @@ import cases
 import kernel
 import latent_attention
 import latent_tables
+import linear
+import linear_tables
 import workloads
+from test_kernel import run_script
+from torch.nn import functional as F
 
 from hf_tree_cache.env import COMMIT_VARIABLE, environment
 
@@ -151,3 +157,67 @@ def test_the_table_of_latents_says_what_failed() -> None:
     result = {"rows": [row], "ceilings": limits, "environment": {"torch": "2"}}
     last = latent_tables.docs_text(result).splitlines()[-1]
     assert last == "| m | W2 | 2 | 1.0 | 2.5 | 1,234 (56) | does not fit |"
+
+
+def test_linear_layers_weigh_what_they_are_known_by() -> None:
+    layers = {each.name: each for each in linear.Layer.of("8B")}
+    assert {name: each.bytes(0, 2) for name, each in layers.items()} == {
+        "qkv": 2 * 6_144 * 4_096,
+        "o": 2 * 4_096 * 4_096,
+        "gate_up": 2 * 28_672 * 4_096,
+        "down": 2 * 4_096 * 14_336,
+        "head": 2 * 128_256 * 4_096,
+    }
+    assert [each.count for each in layers.values()] == [32, 32, 32, 32, 1]
+    qkv, *others = linear.Layer.of("32B")
+    assert qkv.widths == (5_120, 1_024, 1_024) and qkv.has_bias
+    assert not any(each.has_bias for each in others)
+    assert qkv.bytes(3, 2) == 2 * (7_168 * 5_121 + 3 * (5_120 + 7_168))
+
+
+def test_linear_layers_are_measured_with_the_kernel_in_the_interpreter(tmp_path: Path) -> None:
+    options = ["--tiny", "--only", "qkv", "down", "--rows", "1", "5", "--out", str(tmp_path)]
+    found = run_script("../benchmarks/linear.py", *options, timeout=120, TRITON_INTERPRET="1")
+    assert [(row["layer"], row["rows"]) for row in found["rows"]] == [
+        ("qkv", 1), ("qkv", 5), ("down", 1), ("down", 5)
+    ]  # fmt: skip
+    for row in found["rows"]:
+        assert 0 < row["error"] < 1e-6 and row["ours"]["us"] > row["ours"]["p20"] > 0
+        assert row["copies"] == linear.LEAST_COPIES
+    (path,) = tmp_path.glob("linear_*.json")
+    assert len(json.loads(path.read_text(encoding="utf-8"))["rows"]) == 4
+
+
+@pytest.mark.parametrize("seconds", [60.0, 0.0], ids=["a wrong kernel", "no time"])
+def test_what_is_not_measured_has_no_times(
+    seconds: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def off(x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor]) -> Any:
+        return F.linear(x, 1.001 * torch.cat(weights), torch.cat(biases) if biases else None)
+
+    monkeypatch.setattr(linear.linear, "few_rows_linear", off)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    options = ["--tiny", "--only", "o", "--rows", "2", "--seconds", str(seconds)]
+    assert linear.main(options) == (1 if seconds else 0)
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert row["left_out"].startswith("wrong: 1.0e-03" if seconds else "no time left")
+    assert "ours" not in row
+
+
+def test_the_table_of_linear_layers_says_where_we_lose_and_what_is_missing() -> None:
+    def row(layer: str, ours: float, count: int) -> dict[str, Any]:
+        times = {"ours": {"us": ours}, "torch": {"us": 20.0}}
+        work = {"shape": "8B", "layer": layer, "rows": 16, "count": count, "floor_us": 10.0}
+        return work | times
+
+    rows = [row(name, 16.0, 32) for name in ("qkv", "o", "gate_up")] + [row("head", 25.0, 1)]
+    left_out = {"shape": "8B", "layer": "down", "rows": 16, "left_out": "no time left"}
+    where = {"gpu": "NVIDIA H200", "gpu_driver": "580", "torch": "2", "triton": "3", "commit": "c"}
+    result = {"rows": rows, "environment": where, "linear_read_tb_s": 4.5}
+    text = linear_tables.docs_text([result | {"rows": [*rows, left_out]}])
+    ours = "**16.0** (1.25 ×)"
+    lost = "**25.0** (**we lose: 1.25 × longer**)"
+    assert f"| 8B | 16 | ours | {ours} | {ours} | {ours} | no time left | {lost} |  |" in text
+    text = linear_tables.docs_text([result | {"rows": [*rows, row("down", 16.0, 32)]}])
+    assert text.splitlines()[-3].endswith("| 10.0 | 1.29 |")
+    assert text.splitlines()[-1].endswith(f"| {lost} | 2.07 |")
