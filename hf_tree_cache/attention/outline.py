@@ -91,9 +91,9 @@ def fixed_chunk(block_size: int) -> int:
 
 def spread(widths: Longs) -> tuple[Longs, Longs]:
     """i, ``widths[i]`` times, for each i; and 0 .. ``widths[i]`` - 1 beside it."""
-    index = np.repeat(np.arange(len(widths)), widths)
+    index = np.arange(len(widths)).repeat(widths)
     ramp = np.arange(len(index))
-    ramp -= (np.cumsum(widths) - widths).take(index)
+    ramp -= (widths.cumsum() - widths).take(index)
     return index, ramp
 
 
@@ -192,7 +192,7 @@ class _Outline:
         segment, low, high = groups[0]
         if segment is not None:
             return (low, high) == (first, last) and not segment.members
-        return all(segment is None for segment, _, _ in groups)
+        return len(groups) == 1 or all(segment is None for segment, _, _ in groups)
 
     def _add_families(self) -> None:
         heads, self._heads = self._heads, None
@@ -231,24 +231,24 @@ class _Outline:
 
     def _number_rows(self, root: Node) -> None:
         """Fills ``rows`` and the ranks below each inner node."""
-        order, firsts, stack = [], [], [root]
+        rows, leaves, inner, ranks = self.rows, self._leaves, self._inner, self._ranks
+        above: list[Node] = []
+        stack = [root]
         while stack:
             node = stack.pop()
-            order.append(node)
-            firsts.append(len(self.rows))
-            self.rows += self._leaves.get(node, ())
-            stack.extend(reversed(self._inner[node]))
-        for node, first in zip(reversed(order), reversed(firsts), strict=True):
-            inner = self._inner[node]
-            last = self._ranks[inner[-1]][1] if inner else first + len(self._leaves[node])
-            self._ranks[node] = first, last
+            first = len(rows)
+            if node in leaves:
+                rows += leaves[node]
+            if inner[node]:
+                above.append(node)
+                stack += reversed(inner[node])
+            ranks[node] = first, len(rows)
+        for node in reversed(above):
+            ranks[node] = ranks[node][0], ranks[inner[node][-1]][1]
 
     def _range(self, node: Node) -> tuple[int, int]:
         first, last = self._ranks[node]
         return self.first_query[first], self.first_query[last]
-
-    def _cost(self, num_queries: int) -> float:
-        return 1.0 if num_queries <= self.small_queries else self.large_cost
 
     def _enter(self, node: Node, groups: list[Group]) -> list[Group]:
         """The groups, each with the whole blocks of ``node`` in its segment."""
@@ -314,7 +314,10 @@ class _Outline:
             parts: list[Way] = []
             while way < len(ways) and ways[way][1] < b:
                 target, low, high = ways[way]
-                parts.append((target, max(a, low), min(b, high)))
+                if low < a or high > b:
+                    parts.append((target, max(a, low), min(b, high)))
+                else:
+                    parts.append(ways[way])
                 if high > b:
                     break
                 way += 1
@@ -337,23 +340,27 @@ class _Outline:
         if len(parts) + len(lone) == 1:
             self._hand(parts[0][0] if parts else lone[0], segment, a, b)
             return
-        rest: Segment | None = None
-        if not self.deterministic:
-            if not parts:
-                widest: Way = (lone[0], a, a + 1)
-            elif len(parts) == 1:
-                widest = parts[0]
-            else:
-                widest = max(parts, key=_width)
-            own = self._cost(b - a)
-            if b - a <= self.small_queries or self._cost(_width(widest)) == own:
-                self._follow(segment, widest, parts, lone)
-                return
-            extra = sum(self._cost(_width(part)) for part in parts) + len(lone) - own
-            tokens = segment.num_blocks * self.size
-            if not segment.members and extra * tokens < self.item_cost * own:
-                rest = segment
-        self._hand_all(parts, lone, rest or self._close(segment, a, b))
+        if self.deterministic:
+            self._hand_all(parts, lone, self._close(segment, a, b))
+            return
+        small, large_cost = self.small_queries, self.large_cost
+        own = large_cost if b - a > small else 1.0
+        extra = len(lone) - own
+        widest: Way = lone.start, a, a + 1
+        width = 0 if parts else 1
+        for part in parts:
+            _, low, high = part
+            extra += large_cost if high - low > small else 1.0
+            if high - low > width:
+                width, widest = high - low, part
+        if b - a <= small or (large_cost if width > small else 1.0) == own:
+            self._follow(segment, widest, parts, lone)
+            return
+        tokens = segment.num_blocks * self.size
+        if segment.members or extra * tokens >= self.item_cost * own:
+            self._close(segment, a, b)
+            segment = None
+        self._hand_all(parts, lone, segment)
 
     def _follow(self, segment: Segment, widest: Way, parts: list[Way], lone: range) -> None:
         """Go on with most of the queries where that costs no more than to end: no new item."""
@@ -384,9 +391,8 @@ class _Outline:
 
     def _hand(self, target: int | Node, segment: Segment | None, a: int, b: int) -> None:
         if isinstance(target, Node):
-            groups = self._groups.get(target)
-            if groups is not None:
-                groups.append((segment, a, b))
+            if target in self._groups:
+                self._groups[target].append((segment, a, b))
             else:
                 self._groups[target] = [(segment, a, b)]
         elif segment is None and self.plan.counts[self.rows[target]] == 1:
@@ -414,10 +420,6 @@ class _Outline:
         return rest
 
 
-def _width(way: Way) -> int:
-    return way[2] - way[1]
-
-
 def _to_arrays(
     outline: _Outline, plan: TreeAttentionPlan, window: Window | None, deterministic: bool
 ) -> Segments:
@@ -426,13 +428,13 @@ def _to_arrays(
     lengths, rows = plan.ends, np.array(outline.rows, np.int64)
 
     # Queries in tree order.
-    first_query = np.array(outline.first_query, np.int64)
-    query_row = rows
+    query_row, first_query = rows, np.arange(len(rows) + 1)
     back: Longs | int = 1
-    if plan.grown is None:
+    if not outline.single:
+        first_query = np.array(outline.first_query, np.int64)
         counts = first_query[1:] - first_query[:-1]
-        query_row = np.repeat(query_row, counts)
-        back = np.repeat(first_query[1:], counts) - np.arange(len(query_row))
+        query_row = rows.repeat(counts)
+        back = first_query[1:].repeat(counts) - np.arange(len(query_row))
     query = query_row * num_new + num_new - back
     position = lengths.take(query_row) - back
 
@@ -441,13 +443,16 @@ def _to_arrays(
     first, end, lone_begin = _columns([p.lone for p in parts], 3)
     is_tail = rank >= 0
     if len(parts) > 1:
-        sizes = [
-            (p.base, len(p.segments) // 5, len(p.members) // 3, len(p.lone) // 3) for p in parts
-        ]
-        base, *numbers = np.array(sizes, np.int64).T
-        of_segment, of_range, of_lone = map(base.repeat, numbers)
-        rank, low, high, first = rank + of_segment, low + of_range, high + of_range, first + of_lone
-        end = end + of_lone
+        base = np.array([part.base for part in parts], np.int64)
+        sizes = np.array([part.sizes for part in parts], np.int64)
+        of_segment, of_range, of_lone = map(base.repeat, sizes.T)
+        rank, low, high, first, end = (
+            rank + of_segment,
+            low + of_range,
+            high + of_range,
+            first + of_lone,
+            end + of_lone,
+        )
     of, lone = spread(end - first)
     lone += first.take(of)
 
@@ -455,9 +460,12 @@ def _to_arrays(
     row = np.concatenate([np.where(is_tail, rows.take(rank), -1), lone_rows])
     begin = np.concatenate([begin, lone_begin.take(of)])
     tokens = lengths.take(row) - begin
-    tokens[: len(rank)] = np.where(is_tail, tokens[: len(rank)], num_blocks * size)
-    places = np.concatenate([places, np.zeros_like(lone)])
-    places = np.where(row >= 0, -(-tokens // size) + len(outline.room), places)
+    # Of tails, the blocks that they have now and room to grow.
+    all_places = (tokens + (size - 1)) // size + len(outline.room)
+    inner = np.flatnonzero(~is_tail)
+    tokens[inner] = num_blocks.take(inner) * size
+    all_places[inner] = places.take(inner)
+    places = all_places
     first_block = places.cumsum()
     first_block -= places
     here = places > 0

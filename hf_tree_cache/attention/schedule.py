@@ -195,7 +195,7 @@ class _Items:
             grows=grows,
             cost=cost,
             large=large,
-            first_member=np.cumsum(num_members) - num_members,
+            first_member=num_members.cumsum() - num_members,
             num_members=num_members,
             query=segments.member_query.take(member),
             limit=limit,
@@ -275,7 +275,7 @@ def _work_list(
     """Order the items, give slots to parts, add blanks and merges, write the records."""
     size, num_queries = plan.block_size, plan.num_rows * plan.num_new
     # The longest first, those of the large class before all others.
-    order = np.argsort(-items.cost - items.large * items.cost.sum(), kind="stable")
+    order = (-items.cost - items.large * items.cost.sum()).argsort(kind="stable")
     counts = items.num_members.take(order)
     item, place = spread(counts)
     member = place + items.first_member.take(order).take(item)
@@ -289,17 +289,17 @@ def _work_list(
     else:
         parted = np.bincount(item, num_seen.take(query) > 1, minlength=len(order)) > 0
     slots_used = counts * parted
-    first_slot = np.cumsum(slots_used) - slots_used
+    first_slot = slots_used.cumsum() - slots_used
     is_part = np.flatnonzero(parted.take(item))
     part_query, part_item = query.take(is_part), item.take(is_part)
     begins = segments.begin.take(segment) + offset
-    by_position = np.argsort(part_query << 32 | begins.take(part_item), kind="stable")
+    by_position = (part_query << 32 | begins.take(part_item)).argsort()
     part_slots = (first_slot.take(part_item) + place.take(is_part)).take(by_position)
     num_parts = np.bincount(part_query, minlength=num_queries)
 
     width = tiles.m_large // group_size
     small = width if tiles.deterministic else tiles.m_small // group_size
-    blanks = _tiled(np.flatnonzero(num_seen == 0), small)
+    idle, merged = np.flatnonzero(num_seen == 0), np.flatnonzero(num_parts)
     merge_rows, merge_parts = tiles.merge_rows, tiles.merge_parts
     adapts = not (fixed or tiles.deterministic)
     if adapts and 2 * num_parts.max(initial=0) <= merge_parts:
@@ -307,9 +307,9 @@ def _work_list(
     # A query's heads are merged together; what is loaded at a time stays as much.
     while merge_rows < group_size:
         merge_rows, merge_parts = 2 * merge_rows, max(1, merge_parts // 2)
-    merges = _tiled(np.flatnonzero(num_parts), merge_rows // group_size)
-    num_work = len(order) + len(blanks)
-    records = np.zeros((num_work + len(merges), FIELDS + 2 * width), np.int32)
+    num_blanks, num_merges = -(-len(idle) // small), -(-len(merged) // (merge_rows // group_size))
+    num_work = len(order) + num_blanks
+    records = np.zeros((num_work + num_merges, FIELDS + 2 * width), np.int32)
     work = records[: len(order)]
     work[:, 0] = LARGE if tiles.deterministic else items.large[order]
     work[:, 1] = segments.first_block.take(segment) + offset // size
@@ -317,22 +317,12 @@ def _work_list(
     work[:, 3] = counts
     work[:, 4] = np.where(parted, first_slot, -1)
     if len(order) and not tiles.deterministic:
-        first_member = np.flatnonzero(place == 0)
-        work[:, 5] = np.minimum.reduceat(items.full.take(member), first_member)
+        work[:, 5] = np.minimum.reduceat(items.full.take(member), counts.cumsum() - counts)
     at = item * records.shape[1] + place
     records.put(at + FIELDS, query)
     records.put(at + (FIELDS + width), items.limit.take(member))
-    for kind, first, tiled in (
-        (LARGE if tiles.deterministic else SMALL, len(order), blanks),
-        (MERGE, num_work, merges),
-    ):
-        if not len(tiled):
-            continue
-        rows = records[first : first + len(tiled)]
-        rows[:, 0] = kind
-        rows[:, 3] = (tiled >= 0).sum(1)
-        rows[:, 4] = -1
-        rows[:, FIELDS : FIELDS + tiled.shape[1]] = tiled.clip(0)
+    _put_tiled(records[len(order) : num_work], LARGE if tiles.deterministic else SMALL, idle, small)
+    _put_tiled(records[num_work:], MERGE, merged, merge_rows // group_size)
 
     tokens, grows = np.zeros((2, len(records)), np.int32)
     tokens[: len(order)] = items.tokens.take(order)
@@ -341,19 +331,20 @@ def _work_list(
     if plan.grown is not None or max(plan.counts, default=0) == 1:
         grows[: len(order)] = items.grows.take(order)
         tails = np.flatnonzero(segments.row >= 0)
-        row, begin = segments.row.take(tails), segments.begin.take(tails)
+        row, begin, held = (
+            values.take(tails) for values in (segments.row, segments.begin, segments.tokens)
+        )
         growing = np.flatnonzero(grows)
         tail_item[segments.row.take(segment.take(growing))] = growing
         tail_base[row] = segments.first_block.take(tails) - begin // size
         # Lists have whole blocks, and GROWTH_TOKENS beyond them; fixed chunks end where they must.
-        tail_room[row] = begin - (-segments.tokens.take(tails) // size) * size + GROWTH_TOKENS
+        room = begin - (-held // size) * size + GROWTH_TOKENS
         if tiles.deterministic:
             chunk = fixed_chunk(size)
-            tail_room[row] = np.minimum(
-                tail_room[row], begin - (-segments.tokens[tails] // chunk) * chunk
-            )
+            room = np.minimum(room, begin - (-held // chunk) * chunk)
+        tail_room[row] = room
     part_ptr = np.zeros(num_queries + 1, np.int32)
-    np.cumsum(num_parts, out=part_ptr[1:])
+    num_parts.cumsum(out=part_ptr[1:])
     return WorkList(
         items=records,
         tokens=tokens,
@@ -364,7 +355,7 @@ def _work_list(
         tiles=tiles,
         num_work=num_work,
         num_slots=int(slots_used.sum()),
-        num_large=int(items.large.sum()) + (len(blanks) if tiles.deterministic else 0),
+        num_large=int(items.large.sum()) + (num_blanks if tiles.deterministic else 0),
         merge_rows=merge_rows,
         merge_parts=merge_parts,
         tail_item=tail_item,
@@ -373,8 +364,14 @@ def _work_list(
     )
 
 
-def _tiled(values: Longs, width: int) -> Longs:
-    """``values`` in rows of ``width``, the last one filled up with -1."""
-    tiled = np.full((-(-len(values) // width), width), -1, np.int64)
-    tiled.flat[: len(values)] = values
-    return tiled
+def _put_tiled(records: Ints, kind: int, queries: Longs, width: int) -> None:
+    """Write records of ``width`` of the ``queries`` each, and of what is left."""
+    if not len(records):
+        return
+    records[:, 0] = kind
+    records[:, 3] = width
+    records[:, 4] = -1
+    rest = len(queries) - (len(records) - 1) * width
+    records[-1, 3] = rest
+    records[:-1, FIELDS : FIELDS + width] = queries[: len(queries) - rest].reshape(-1, width)
+    records[-1, FIELDS : FIELDS + rest] = queries[len(queries) - rest :]

@@ -271,12 +271,13 @@ class KVStorage:
             slots = torch.from_numpy(self.places.of(blocks) * self.block_size + offsets)
         return SlabIndex.of(slots, self._slab_slots, self.spec.device)
 
-    def numbers_of(self, blocks: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int32], ...]:
-        """:meth:`block_numbers` of ``blocks``, for K and for V."""
+    def numbers_of(
+        self, blocks: npt.NDArray[Any], planes: int = 2
+    ) -> tuple[npt.NDArray[np.int32], ...]:
+        """:meth:`block_numbers` of ``blocks``, for K and, with two ``planes``, for V."""
         if self.places is not None:
             blocks = self.places.of(blocks)
-        k_numbers, v_numbers = self.block_numbers()
-        return k_numbers.numpy()[blocks], v_numbers.numpy()[blocks]
+        return tuple(numbers.numpy().take(blocks) for numbers in self.block_numbers()[:planes])
 
     def add_layer(self) -> int:
         """Give the next layer its position."""
