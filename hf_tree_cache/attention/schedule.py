@@ -32,7 +32,7 @@ each may see of the item (tokens), and the first block numbers."""
 
 SMALL, LARGE, MERGE = 0, 1, 2
 
-AROUND = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4)
+AROUND = np.array([[0.7], [0.8], [0.9], [1.0], [1.1], [1.2], [1.3], [1.4]])
 """What is tried around ``Tiles.waves``, on a model of the GPU."""
 
 MOST_SIMULATED = 128
@@ -154,40 +154,57 @@ class _Items:
     def of(cls, segments: Segments, steps: Longs, tiles: Tiles, group_size: int) -> _Items:
         """Cut each segment every ``steps`` tokens."""
         left = segments.tokens - segments.skipped
-        pieces = -(-left // steps)
-        segment, piece = spread(pieces)
-        step = steps.take(segment)
-        offset = piece * step
-        offset += segments.skipped.take(segment)
-        last = piece == pieces.take(segment) - 1
-        stretch = np.where(last, segments.tokens.take(segment) - offset, step)
+        tails = segments.row >= 0
+        if (left > 0).all() and (left <= steps).all():
+            # Nothing is cut: each segment is an item.
+            segment: Longs = np.arange(len(left))
+            offset, stretch, grows = segments.skipped, left, tails
+            num_members = segments.num_members
+            item = segment.repeat(num_members)
+            query, limit, own = segments.member_query, segments.member_limit, segments.member_own
+            lower = segments.member_lower
+        else:
+            pieces = -(-left // steps)
+            segment, piece = spread(pieces)
+            step = steps.take(segment)
+            offset = piece * step
+            offset += segments.skipped.take(segment)
+            last = piece == pieces.take(segment) - 1
+            stretch = np.where(last, segments.tokens.take(segment) - offset, step)
+            # The last item of a tail grows with its row; the others end where the next begins.
+            grows = last & tails.take(segment)
+            num_members = segments.num_members.take(segment)
+            item, member = spread(num_members)
+            member += segments.first_member.take(segment).take(item)
+            query, limit, own = (
+                values.take(member)
+                for values in (segments.member_query, segments.member_limit, segments.member_own)
+            )
+            lower = None if segments.member_lower is None else segments.member_lower.take(member)
 
-        # Every member of the segment, then only those that see any of the item.
-        num_members = segments.num_members.take(segment)
-        item, member = spread(num_members)
-        member += segments.first_member.take(segment).take(item)
-        limit, before = segments.member_limit.take(member), offset.take(item)
-        # What it sees now, and what it may see, from the item's first token on.
-        unlimited = limit == UNLIMITED
-        limit -= before
-        now = np.minimum(limit, segments.member_own.take(member) - before)
+        # Of the members, those that see any of the item: what they see of it now.
+        before, reach = offset.take(item), stretch.take(item)
+        now = np.minimum(limit, own) - before
         sees = now > 0
-        if segments.member_lower is not None:
-            sees &= segments.member_lower.take(member) < before + stretch.take(item)
+        if lower is not None:
+            sees &= lower < before + reach
         if not sees.all():
-            item, member, now, unlimited = item[sees], member[sees], now[sees], unlimited[sees]
+            item, query, now, limit, reach = (x[sees] for x in (item, query, now, limit, reach))
             num_members = np.bincount(item, minlength=len(segment))
-        # The last item of a tail grows with its row; the others end where the next begins.
-        grows = last & (segments.row >= 0).take(segment)
-        full = np.minimum(now, stretch.take(item))
-        limit = np.where(grows.take(item) & unlimited, UNLIMITED, full)
+        full = np.minimum(now, reach)
+        limit = np.where(grows.take(item) & (limit == UNLIMITED), UNLIMITED, full)
 
         large = num_members > (0 if tiles.deterministic else tiles.m_small // group_size)
         cost = np.where(large, tiles.large_cost, 1.0) * (stretch + tiles.item_cost)
         kept = num_members > 0
         if not kept.all():
-            segment, offset, stretch, grows = (x[kept] for x in (segment, offset, stretch, grows))
-            cost, large, num_members = cost[kept], large[kept], num_members[kept]
+            segment, offset, stretch = (x[kept] for x in (segment, offset, stretch))
+            grows, large, cost, num_members = (
+                grows[kept],
+                large[kept],
+                cost[kept],
+                num_members[kept],
+            )
         return cls(
             segment=segment,
             offset=offset,
@@ -197,7 +214,7 @@ class _Items:
             large=large,
             first_member=num_members.cumsum() - num_members,
             num_members=num_members,
-            query=segments.member_query.take(member),
+            query=query,
             limit=limit,
             full=full,
         )
@@ -217,15 +234,17 @@ def _chunk_tokens(
     wave = float((rate * (left + tiles.item_cost)).sum()) / room
     most = np.maximum(left // tiles.min_chunk, 1)
 
-    def cut(waves: npt.NDArray[np.float64]) -> Longs:
-        pieces = (left * rate * waves[:, None] / max(wave, 1.0) + 0.5).astype(np.int64)
+    share = left * rate / max(wave, 1.0)
+
+    def cut(waves: npt.NDArray[np.float64] | float) -> Longs:
+        pieces = (share * waves + 0.5).astype(np.int64)
         pieces = np.minimum(np.maximum(pieces, 1), most)
         return np.maximum(-(-left // (pieces * quantum)), 1) * quantum
 
-    (best,) = cut(np.array([tiles.waves]))
+    best = cut(tiles.waves)
     # Where work is split at all, a few more or fewer pieces decide whether the last ones run alone.
     if (best < left).any() and len(left) <= MOST_SIMULATED:
-        cuts = {steps.tobytes(): steps for steps in cut(tiles.waves * np.array(AROUND))}
+        cuts = {steps.tobytes(): steps for steps in cut(tiles.waves * AROUND)}
         ends: dict[bytes, float] = {}
         for key, steps in cuts.items():
             limit = CLOSE * min(ends.values(), default=float("inf"))
@@ -255,13 +274,19 @@ def _makespan(
     least = float((cost * pieces).sum()) / room
     if least > limit:
         return least
-    costs = np.repeat(cost, pieces)
-    in_order = costs.take(np.lexsort((-costs, ~np.repeat(large, pieces)))).tolist()
+    order = np.lexsort((-cost, ~large))
+    in_order = cost.take(order).repeat(pieces.take(order)).tolist()
     ends = in_order[:room]
+    end = max(ends, default=0.0)
     heapify(ends)
     for cost in in_order[room:]:
-        heapreplace(ends, ends[0] + cost)
-    return max(ends, default=0.0)
+        next_end = ends[0] + cost
+        heapreplace(ends, next_end)
+        if next_end > end:
+            end = next_end
+            if end > limit:
+                break
+    return end
 
 
 def _work_list(

@@ -202,10 +202,17 @@ class BranchTree:
         rows = list(map(old.__getitem__, indices))
         named = np.bincount(chosen, minlength=num_rows)
         paused = self._carry_on(chosen, named > 1)
+        ascends = bool((chosen[1:] >= chosen[:-1]).all())
+        if not ascends:
+            self.order_version = self.topology_version + 1
         if len(chosen) and named.max() > 1:
-            order = np.argsort(chosen, kind="stable")
-            again = chosen[order[1:]] == chosen[order[:-1]]
-            for row in np.sort(order[1:][again]).tolist():
+            if ascends:
+                again = np.flatnonzero(chosen[1:] == chosen[:-1]) + 1
+            else:
+                order = chosen.argsort(kind="stable")
+                again = order[1:][chosen[order[1:]] == chosen[order[:-1]]]
+                again.sort()
+            for row in again.tolist():
                 node = tips[rows[row]]
                 node.refs += 1
                 rows[row] = Branch(self._next_id)
@@ -213,8 +220,6 @@ class BranchTree:
                 self._next_id += 1
                 self.num_forks += 1
         self.rows = rows
-        if len(chosen) and (chosen[1:] < chosen[:-1]).any():
-            self.order_version = self.topology_version + 1
         for row in np.flatnonzero(named == 0).tolist():
             node = tips.pop(old[row])
             self._touch(node)
