@@ -537,6 +537,7 @@ def live_randomly(rng: random.Random, shadow: ShadowTree) -> None:
             ["fork", "prune", "fork", "prune", "mix", "hold", "back", "cut", "end", "at"]
         )
         branch = rng.choice(branches)
+        length = shadow.tree.length(branch)
         order = list(range(len(rows)))
         if what == "fork":
             at = rng.randrange(len(order))
@@ -554,11 +555,11 @@ def live_randomly(rng: random.Random, shadow: ShadowTree) -> None:
                 rows.insert(rng.randint(0, len(rows)), held)
             shadow.tree.set_rows(rows)
         elif what == "cut":
-            shadow.truncate(branch, rng.randint(1, shadow.tree.length(branch)))
+            shadow.truncate(branch, rng.randint(0, length))
         elif what == "end" and len(branches) > 3 and (branch not in rows or len(rows) > 2):
             shadow.prune(branch)
         elif what == "at" and len(branches) < 150:
-            new = shadow.fork(branch, 1, at=rng.randint(1, shadow.tree.length(branch)))
+            new = shadow.fork(branch, 1, at=rng.randint(0, length))
             shadow.tree.set_rows(rows + new)
 
 
