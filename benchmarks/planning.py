@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -38,6 +39,7 @@ from hf_tree_cache.env import environment
 from hf_tree_cache.integration import static
 from hf_tree_cache.integration.static import StaticDecode
 from hf_tree_cache.memory.pool import StoragePool
+from hf_tree_cache.memory.tree import Branch
 
 PROMPT, OWN = 2_000, 200
 KV_HEADS, GROUP = 8, 4
@@ -136,41 +138,41 @@ def make_cache(rows: int, device: torch.device, *, staggered: bool) -> TreeCache
 
 
 def surgery(cache: TreeCache, rng: random.Random) -> dict[str, tuple[Callable[[], Any], ...]]:
-    """What is timed, and what puts the number of rows back."""
+    """What is drawn, what is then done, timed, and what puts the number of rows back."""
     tree = cache.tree
 
     def count() -> int:
         return len(tree.rows)
 
-    def fork(times: int = 1) -> None:
+    def forked() -> list[int]:
         rows = list(range(count()))
-        for _ in range(times):
-            row = rng.randrange(len(rows))
-            rows.insert(row, rows[row])
-        cache.select(rows)
+        row = rng.randrange(len(rows))
+        rows.insert(row, rows[row])
+        return rows
 
-    def prune(times: int = 1) -> None:
-        kept = set(rng.sample(range(count()), count() - times))
-        cache.select([row for row in range(count()) if row in kept])
+    def pruned() -> list[int]:
+        rows = list(range(count()))
+        del rows[rng.randrange(len(rows))]
+        return rows
 
-    def churn() -> None:
-        kept = sorted(rng.sample(range(count()), count() - 8))
-        cache.select(sorted(kept + rng.sample(kept, 8)))
+    def churned() -> list[int]:
+        kept = rng.sample(range(count()), count() - 8)
+        return sorted(kept + rng.sample(kept, 8))
 
-    def finish() -> None:
+    def finished() -> list[Branch]:
         row = rng.randrange(count())
-        cache.set_rows([branch for i, branch in enumerate(tree.rows) if i != row])
+        return [branch for i, branch in enumerate(tree.rows) if i != row]
 
     def drop_held() -> None:
         for branch in tree.held:
             cache.prune(branch)
-        fork()
+        cache.select(forked())
 
     return {
-        "fork": (fork, prune),
-        "prune": (prune, fork),
-        "8 prunes and 8 forks": (churn, lambda: None),
-        "a row is put aside": (finish, drop_held),
+        "fork": (forked, cache.select, lambda: cache.select(pruned())),
+        "prune": (pruned, cache.select, lambda: cache.select(forked())),
+        "8 prunes and 8 forks": (churned, cache.select, lambda: None),
+        "a row is put aside": (finished, cache.set_rows, drop_held),
     }
 
 
@@ -249,11 +251,11 @@ def measure(
         steps["a sixteenth of rows crosses"] = [timed(host) for _ in range(2 * repeats)]
         host.check()
         rng = random.Random(0)
-        for what, (do, put_back) in surgery(cache, rng).items():
+        for what, (draw, do, put_back) in surgery(cache, rng).items():
             steps[what] = []
             gc.collect()
             for _ in range(repeats):
-                steps[what].append(timed(host, do))
+                steps[what].append(timed(host, partial(do, draw())))
                 host.check()
                 put_back()
                 plain(host)

@@ -40,6 +40,7 @@ FLOORS = {
     "generation.processors": 3,
     "generation.sampling": 3,
     "attention.plan": 3,
+    "attention.parts": 3,
     "attention.tiles": 3,
     "attention.latent_kernel": 3,
     "attention.latent_launch": 4,

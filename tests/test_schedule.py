@@ -491,6 +491,104 @@ def test_a_plan_that_was_carried_on_is_the_one_made_of_a_copy_of_the_tree() -> N
     assert carried > 100
 
 
+@pytest.mark.parametrize("wide", [False, True], ids=["a few rows", "many rows"])
+def test_a_list_of_remembered_subtrees_is_the_one_made_from_nothing(wide: bool) -> None:
+    """Whatever happens to a tree: field by field, also for several kinds of tiles at once."""
+    held = walked = 0
+    for seed in range(3 if wide else 20):
+        rng = random.Random(seed)
+        case = make_case(seed, num_new=1)
+        shadow = case.grown.shadow
+        if wide:
+            shadow = ShadowTree(16)
+            shadow.add_rows(2)
+            shadow.append([300, 40])
+            shadow.select([0] * 60 + [1] * 30)
+        kinds = [(case.tiles, case.group), (Tiles(deterministic=seed % 3 == 0), 4)]
+        plan = None
+        for _ in range(25):
+            live_randomly(rng, shadow)
+            counts = [1] * len(shadow.rows)
+            for _ in range(rng.choice([1, 1, 2, 20])):
+                shadow.append(counts)
+                plan = build_plan(shadow.tree, counts, 1, plan)
+            for tiles, group in kinds:
+                known = dict(plan.families.get((tiles, group), {}))
+                options = {"group_size": group, "num_kv_heads": 2, "num_sms": 20}
+                fresh = schedule(build_plan(shadow.tree, counts, 1), tiles, **options)
+                work = schedule(plan, tiles, **options)
+                for name in WorkList.__slots__:
+                    mine, theirs = getattr(work, name), getattr(fresh, name)
+                    assert np.array_equal(mine, theirs), f"{name}, tree {seed}"
+                families = plan.families[tiles, group]
+                held += sum(known.get(node) is family for node, family in families.items())
+                walked += sum(known.get(node) is not family for node, family in families.items())
+        check_items(
+            read_items(work, shadow.tree.block_size), work, shadow, plan, tiles, group, None
+        )
+    assert held > 150 and walked > 150
+
+
+def test_a_remembered_subtree_whose_first_node_takes_in_its_parent_is_walked_again() -> None:
+    shadow = ShadowTree(16)
+    shadow.add_rows(2)
+    shadow.append([64, 64])
+    shadow.select([0] * 40 + [1] * 40)
+    shadow.append([100] + [1] * 79)
+    shadow.select([0, *range(80)])
+    plan, starts = None, []
+    for rows in ([*range(81)], [0, 1, *range(41, 81)]):
+        shadow.select(rows)
+        counts = [1] * len(rows)
+        shadow.append(counts)
+        plan = build_plan(shadow.tree, counts, 1, plan)
+        works = [
+            schedule(one, Tiles(), group_size=4, num_kv_heads=1, num_sms=132)
+            for one in (plan, build_plan(shadow.tree, counts, 1))
+        ]
+        for name in ("items", "tokens", "blocks", "part_slots"):
+            mine, theirs = (getattr(work, name).tolist() for work in works)
+            assert mine == theirs, name
+        (families,) = plan.families.values()
+        starts.append({node: node.start for node in families})
+    (node,) = starts[0].keys() & starts[1].keys()
+    assert (starts[0][node], starts[1][node]) == (64, 0)
+
+
+def live_randomly(rng: random.Random, shadow: ShadowTree) -> None:
+    """Fork, prune, hold, bring back, cut off, mix: a few rows at a time, then all on a leaf."""
+    for _ in range(rng.randint(0, 4)):
+        rows, branches = shadow.rows, shadow.tree.branches
+        what = rng.choice(
+            ["fork", "prune", "fork", "prune", "mix", "hold", "back", "cut", "end", "at"]
+        )
+        branch = rng.choice(branches)
+        length = shadow.tree.length(branch)
+        order = list(range(len(rows)))
+        if what == "fork":
+            at = rng.randrange(len(order))
+            shadow.select([*order[: at + 1], *order[at:]])
+        elif what == "prune" and len(order) > 2:
+            order.remove(rng.choice(order))
+            shadow.select(order)
+        elif what == "mix" and rng.random() < 0.2:
+            shadow.select(rng.choices(order, k=len(order)))
+        elif what == "hold" and len(rows) > 2:
+            rows.remove(rng.choice(rows))
+            shadow.tree.set_rows(rows)
+        elif what == "back":
+            for held in shadow.tree.held[:2]:
+                rows.insert(rng.randint(0, len(rows)), held)
+            shadow.tree.set_rows(rows)
+        elif what == "cut":
+            shadow.truncate(branch, rng.randint(0, length))
+        elif what == "end" and len(branches) > 3 and (branch not in rows or len(rows) > 2):
+            shadow.prune(branch)
+        elif what == "at" and len(branches) < 150:
+            new = shadow.fork(branch, 1, at=rng.randint(0, length))
+            shadow.tree.set_rows(rows + new)
+
+
 def test_lengths_go_up_on_the_device_alone_while_rows_grow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

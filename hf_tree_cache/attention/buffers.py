@@ -33,7 +33,8 @@ class IntBuffer:
         return self._mirror[self._spans[name]]
 
     def capacity(self, name: str) -> int:
-        return len(self._views[name])
+        span = self._spans[name]
+        return span.stop - span.start
 
     def ensure(self, **sizes: int) -> bool:
         """Make room, in this order; whether everything had to move."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -320,18 +321,18 @@ class Workspace:
         arrived = num_queries * self.key.spec.num_kv_heads
         flags = (num_items - work.num_work) * self.key.spec.num_kv_heads
         needed = (work.num_slots, arrived, flags + SYNC_HEAD)
-        have = (len(self._parts), len(self._arrived), len(self._sync))
-        if any(size > capacity for size, capacity in zip(needed, have, strict=True)):
-            self._make_parts(*map(max, needed, have))
+        ints = self._ints
+        if moved:
+            # Lengths, and tokens of items that grow: now, at this rebuild, and what a step adds.
+            self._growing = (
+                ints.span("lengths", "tokens"),
+                ints.span("lengths_then", "tokens_then"),
+                ints.span("steps", "grows"),
+            )
+        if any(map(operator.gt, needed, self._capacities)):
+            self._make_parts(*map(max, needed, self._capacities))
             moved = True
         self.generation += moved
-        ints = self._ints
-        # Lengths, and tokens of items that grow: now, at this rebuild, and what a step adds.
-        self._growing = (
-            ints.span("lengths", "tokens"),
-            ints.span("lengths_then", "tokens_then"),
-            ints.span("steps", "grows"),
-        )
         ints.host("sizes")[:2] = num_items, work.num_work
         ends = plan.ends
         self._begun = 0 if plan.grown is None else plan.grown.tokens
@@ -370,11 +371,13 @@ class Workspace:
         self, storage: KVStorage, places: npt.NDArray[np.int64] | slice, blocks: npt.NDArray[Any]
     ) -> npt.NDArray[np.int32]:
         """Write the numbers of ``blocks`` to ``places`` of the list on the host; those of K."""
-        taken, v_numbers = storage.numbers_of(blocks)
         numbers = self._ints.host("list")
-        numbers[places] = taken
         if self._split:
+            taken, v_numbers = storage.numbers_of(blocks)
             numbers[len(numbers) // 2 :][places] = v_numbers
+        else:
+            (taken,) = storage.numbers_of(blocks, 1)
+        numbers[places] = taken
         return taken
 
     def _put_all_numbers(self, storage: KVStorage) -> None:
@@ -389,13 +392,14 @@ class Workspace:
 
     def _make_parts(self, num_slots: int, arrived: int, sync: int) -> None:
         device = self.key.spec.device
-        shape = (rounded(num_slots), *self._part_shape)
+        self._capacities = tuple(map(rounded, (num_slots, arrived, sync)))
+        shape = (self._capacities[0], *self._part_shape)
         with torch.inference_mode(False):  # they outlive the block that they may be made in
             self._parts = torch.empty(shape, dtype=self._part_dtype, device=device)
             self._part_lse = torch.empty((*shape[:2], 2), device=device)
             self._arrived, self._sync = (
-                torch.zeros(rounded(count), dtype=torch.int32, device=device)
-                for count in (arrived, sync)
+                torch.zeros(count, dtype=torch.int32, device=device)
+                for count in self._capacities[1:]
             )
 
 

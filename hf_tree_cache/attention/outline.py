@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from array import array
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
+from operator import attrgetter
 
 import numpy as np
 import numpy.typing as npt
 
 from ..memory.growth import Node
+from .parts import Family, Part, Segment
 from .plan import TreeAttentionPlan, Window
 from .tiles import Tiles
 
@@ -27,6 +30,9 @@ UNLIMITED = 1 << 30
 
 GROWTH_TOKENS = 256
 """Tokens that a row may grow by before its work is cut anew."""
+
+FAMILY = 32
+"""Rows of the largest subtree that is remembered from one plan to the next as long as it stays."""
 
 FIXED_CHUNK = 512
 """Tokens of an item when cuts must not depend on the rest of the batch."""
@@ -72,7 +78,8 @@ def find_segments(
         group_size: G, query heads of a K/V head.
         window: tokens that no query sees any more are skipped.
     """
-    outline = _Outline(plan, tiles, group_size)
+    families = plan.families.setdefault((tiles, group_size), {})
+    outline = _Outline(plan, tiles, group_size, families)
     outline.walk()
     return _to_arrays(outline, plan, window, tiles.deterministic)
 
@@ -84,34 +91,13 @@ def fixed_chunk(block_size: int) -> int:
 
 def spread(widths: Longs) -> tuple[Longs, Longs]:
     """i, ``widths[i]`` times, for each i; and 0 .. ``widths[i]`` - 1 beside it."""
-    index = np.repeat(np.arange(len(widths)), widths)
+    index = np.arange(len(widths)).repeat(widths)
     ramp = np.arange(len(index))
-    ramp -= (np.cumsum(widths) - widths).take(index)
+    ramp -= (widths.cumsum() - widths).take(index)
     return index, ramp
 
 
-class _Segment:
-    """Blocks that some queries read together, while it is followed down the tree."""
-
-    __slots__ = ("blocks", "members", "num_queries", "start")
-
-    def __init__(self, start: int, blocks: array[int]) -> None:
-        self.start = start
-        self.blocks = blocks  # may be another's too: replaced, never changed
-        self.members: list[tuple[int, int, int]] = []  # first query, end, what they see
-        self.num_queries = 0
-
-    def add(self, first: int, end: int, limit: int) -> None:
-        """Have these queries read it, ``limit`` tokens at most."""
-        self.members.append((first, end, limit))
-        self.num_queries += end - first
-
-    def copy(self) -> _Segment:
-        """The same blocks for other queries."""
-        return _Segment(self.start, self.blocks)
-
-
-Group = tuple[_Segment | None, int, int]
+Group = tuple[Segment | None, int, int]
 """A segment in the making, if any, and the range of queries that follow it, in tree order."""
 
 Way = tuple[int | Node, int, int]
@@ -124,9 +110,24 @@ class _Outline:
     Rows are taken in tree order: those under one node are neighbours, a node's own leaves first.
     Queries are counted in that order. Leaves of one new token that begin a segment of their own,
     most of a wide tree, are kept apart as ``lone`` ranks, to be handled all at once.
+
+    Where all rows get one token, a small subtree whose queries come in one group is a *family*:
+    what it contributes depends on nothing else, and is kept from plan to plan while it stays.
+
+    Args:
+        families: what was known of them after the last plan, by their first nodes; then after this.
+
+    Attributes:
+        parts: what was collected, families after what is above them.
     """
 
-    def __init__(self, plan: TreeAttentionPlan, tiles: Tiles, group_size: int) -> None:
+    def __init__(
+        self,
+        plan: TreeAttentionPlan,
+        tiles: Tiles,
+        group_size: int,
+        families: dict[Node, Family],
+    ) -> None:
         self.plan = plan
         self.size = plan.block_size
         self.deterministic = tiles.deterministic
@@ -136,9 +137,13 @@ class _Outline:
         self.chunk_blocks = fixed_chunk(self.size) // self.size
         self.tips = plan.tree.tips()
         self.rows: list[int] = []
-        self.first_query: list[int] = []  # of each rank, and one more
-        self.segments: list[tuple[_Segment, int]] = []  # and the row whose tail it is, or -1
-        self.lone: list[int] = []
+        self.first_query: Sequence[int] = []  # of each rank, and one more
+        self.single = plan.grown is not None or set(plan.counts) == {1}
+        self.parts: list[Part] = []
+        self._families = families
+        self._begin = 0
+        self._heads: list[tuple[Node, Segment | None]] | None = None  # of families, if any may be
+        self.room = array("i", bytes(4 * -(-GROWTH_TOKENS // self.size)))
         self._leaves: defaultdict[Node, list[int]] = defaultdict(list)
         self._inner: dict[Node, list[Node]] = {}
         self._ranks: dict[Node, tuple[int, int]] = {}
@@ -149,16 +154,60 @@ class _Outline:
         root = self.plan.tree.root
         if root not in self._inner:
             return
-        order = self._number_rows(root)
-        if self.plan.grown is None:
+        self._number_rows(root)
+        if self.single:
+            self.first_query = range(len(self.rows) + 1)
+            self._heads = []
+        else:
             counts = map(self.plan.counts.__getitem__, self.rows)
             self.first_query = list(accumulate(counts, initial=0))
-        else:
-            self.first_query = list(range(len(self.rows) + 1))
-        low, high = self._range(root)
-        self._groups[root] = [(None, low, high)]
-        for node in order:
-            self._leave(node, self._enter(node))
+        self._descend(root, None)
+        if self.single:
+            self._add_families()
+
+    def _descend(self, head: Node, segment: Segment | None) -> Part:
+        """Walk the tree from ``head`` on, which all queries below it reach with ``segment``."""
+        low, high = self._range(head)
+        self._part = Part(low)
+        self.parts.append(self._part)
+        self._groups[head] = [(segment, low, high)]
+        stack = [head]
+        while stack:
+            node = stack.pop()
+            groups = self._groups.pop(node)
+            if len(groups) > 1 or groups[0][2] - groups[0][1] > self.large_queries:
+                groups = self._repack(node, groups)
+            if self._heads is not None and self._is_family(node, groups):
+                self._heads.append((node, groups[0][0]))
+                continue
+            self._leave(node, self._enter(node, groups))
+            stack += reversed(self._inner[node])
+        return self._part
+
+    def _is_family(self, node: Node, groups: list[Group]) -> bool:
+        """What is below ``node`` depends on nothing but what all come with."""
+        first, last = self._ranks[node]
+        if last - first > FAMILY:
+            return False
+        segment, low, high = groups[0]
+        if segment is not None:
+            return (low, high) == (first, last) and not segment.members
+        return len(groups) == 1 or all(segment is None for segment, _, _ in groups)
+
+    def _add_families(self) -> None:
+        heads, self._heads = self._heads, None
+        tree, known = self.plan.tree, dict(self._families)
+        self._families.clear()
+        for head, segment in heads or ():
+            prefix = None if segment is None else (segment.start, segment.pieces)
+            family = known.get(head)
+            if family is not None and family.holds(head, tree.order_version, prefix):
+                family.part.base = self._ranks[head][0]
+                self.parts.append(family.part)
+            else:
+                part = self._descend(head, segment)
+                family = Family(tree.topology_version, prefix, part)
+            self._families[head] = family
 
     def _find_nodes(self) -> None:
         """Rows with new tokens that hang on each node, and its inner children that lead to any."""
@@ -180,43 +229,39 @@ class _Outline:
                 inner[parent] = [child]
                 child, parent = parent, parent.parent
 
-    def _number_rows(self, root: Node) -> list[Node]:
-        """Inner nodes, parents first; fills ``rows`` and the ranks below each."""
-        order, firsts, stack = [], [], [root]
+    def _number_rows(self, root: Node) -> None:
+        """Fills ``rows`` and the ranks below each inner node."""
+        rows, leaves, inner, ranks = self.rows, self._leaves, self._inner, self._ranks
+        above: list[Node] = []
+        stack = [root]
         while stack:
             node = stack.pop()
-            order.append(node)
-            firsts.append(len(self.rows))
-            self.rows += self._leaves.get(node, ())
-            stack.extend(reversed(self._inner[node]))
-        for node, first in zip(reversed(order), reversed(firsts), strict=True):
-            inner = self._inner[node]
-            last = self._ranks[inner[-1]][1] if inner else first + len(self._leaves[node])
-            self._ranks[node] = first, last
-        return order
+            first = len(rows)
+            if node in leaves:
+                rows += leaves[node]
+            if inner[node]:
+                above.append(node)
+                stack += reversed(inner[node])
+            ranks[node] = first, len(rows)
+        for node in reversed(above):
+            ranks[node] = ranks[node][0], ranks[inner[node][-1]][1]
 
     def _range(self, node: Node) -> tuple[int, int]:
         first, last = self._ranks[node]
         return self.first_query[first], self.first_query[last]
 
-    def _cost(self, num_queries: int) -> float:
-        return 1.0 if num_queries <= self.small_queries else self.large_cost
-
-    def _enter(self, node: Node) -> list[Group]:
-        """The groups that read ``node``, each with the node's whole blocks in its segment."""
-        groups = self._groups.pop(node)
-        if len(groups) > 1 or groups[0][2] - groups[0][1] > self.large_queries:
-            groups = self._repack(node, groups)
+    def _enter(self, node: Node, groups: list[Group]) -> list[Group]:
+        """The groups, each with the whole blocks of ``node`` in its segment."""
         first = node.start // self.size
         blocks = node.blocks[: node.end // self.size - first]
         if not blocks:
             return groups
-        entered: list[Group] = []
+        fresh, entered = [blocks], list[Group]()
         for segment, a, b in groups:
             if segment is None:
-                segment = _Segment(first * self.size, blocks)
+                segment = Segment(first * self.size, fresh, len(blocks))
             else:
-                segment.blocks = segment.blocks + blocks
+                segment.extend(blocks)
             entered.append((segment, a, b))
         return entered
 
@@ -252,10 +297,11 @@ class _Outline:
         rank = self._ranks[node][0]
         leaves = range(rank, rank + len(self._leaves.get(node, ())))
         at, inner = self.first_query, self._inner[node]
-        if self.plan.grown is not None and len(groups) == 1:
+        self._begin = node.end // self.size * self.size  # of the leaves' segments
+        if self.single and len(groups) == 1:
             # Most of a deep tree: ranks are queries, and one group has them all.
             segment, a, b = groups[0]
-            self._part(segment, a, b, [(child, *self._ranks[child]) for child in inner], leaves)
+            self._share(segment, a, b, [(child, *self._ranks[child]) for child in inner], leaves)
             return
         begin, end = at[rank], at[leaves.stop]
         ways: list[Way] = []
@@ -268,15 +314,18 @@ class _Outline:
             parts: list[Way] = []
             while way < len(ways) and ways[way][1] < b:
                 target, low, high = ways[way]
-                parts.append((target, max(a, low), min(b, high)))
+                if low < a or high > b:
+                    parts.append((target, max(a, low), min(b, high)))
+                else:
+                    parts.append(ways[way])
                 if high > b:
                     break
                 way += 1
             lone = range(rank + a - begin, rank + min(b, end) - begin)
-            self._part(segment, a, b, parts, lone)
+            self._share(segment, a, b, parts, lone)
 
-    def _part(
-        self, segment: _Segment | None, a: int, b: int, parts: list[Way], lone: range
+    def _share(
+        self, segment: Segment | None, a: int, b: int, parts: list[Way], lone: range
     ) -> None:
         """Where the queries of one group go different ways, decide what becomes of its segment.
 
@@ -291,29 +340,33 @@ class _Outline:
         if len(parts) + len(lone) == 1:
             self._hand(parts[0][0] if parts else lone[0], segment, a, b)
             return
-        rest: _Segment | None = None
-        if not self.deterministic:
-            if not parts:
-                widest: Way = (lone[0], a, a + 1)
-            elif len(parts) == 1:
-                widest = parts[0]
-            else:
-                widest = max(parts, key=_width)
-            own = self._cost(b - a)
-            if b - a <= self.small_queries or self._cost(_width(widest)) == own:
-                self._follow(segment, widest, parts, lone)
-                return
-            extra = sum(self._cost(_width(part)) for part in parts) + len(lone) - own
-            tokens = len(segment.blocks) * self.size
-            if not segment.members and extra * tokens < self.item_cost * own:
-                rest = segment
-        self._hand_all(parts, lone, rest or self._close(segment, a, b))
+        if self.deterministic:
+            self._hand_all(parts, lone, self._close(segment, a, b))
+            return
+        small, large_cost = self.small_queries, self.large_cost
+        own = large_cost if b - a > small else 1.0
+        extra = len(lone) - own
+        widest: Way = lone.start, a, a + 1
+        width = 0 if parts else 1
+        for part in parts:
+            _, low, high = part
+            extra += large_cost if high - low > small else 1.0
+            if high - low > width:
+                width, widest = high - low, part
+        if b - a <= small or (large_cost if width > small else 1.0) == own:
+            self._follow(segment, widest, parts, lone)
+            return
+        tokens = segment.num_blocks * self.size
+        if segment.members or extra * tokens >= self.item_cost * own:
+            self._close(segment, a, b)
+            segment = None
+        self._hand_all(parts, lone, segment)
 
-    def _follow(self, segment: _Segment, widest: Way, parts: list[Way], lone: range) -> None:
+    def _follow(self, segment: Segment, widest: Way, parts: list[Way], lone: range) -> None:
         """Go on with most of the queries where that costs no more than to end: no new item."""
         if not parts:
             lone = lone[1:]
-        tokens = len(segment.blocks) * self.size
+        tokens = segment.num_blocks * self.size
         for part in parts:
             if part is not widest:
                 target, low, high = part
@@ -322,98 +375,118 @@ class _Outline:
         if lone:
             first = self.first_query[lone[0]]
             segment.add(first, first + len(lone), tokens)
-            self.lone += lone
+            self._part.add_lone(lone.start, lone.stop, self._begin)
         self._hand(widest[0], segment, widest[1], widest[2])
 
-    def _hand_all(self, parts: list[Way], lone: range, segment: _Segment | None) -> None:
+    def _hand_all(self, parts: list[Way], lone: range, segment: Segment | None) -> None:
         for target, a, b in parts:
             self._hand(target, segment and segment.copy(), a, b)
         if segment is None:
-            self.lone += lone
+            if lone:
+                self._part.add_lone(lone.start, lone.stop, self._begin)
             return
         for rank in lone:
             a = self.first_query[rank]
             self._hand(rank, segment.copy(), a, a + 1)
 
-    def _hand(self, target: int | Node, segment: _Segment | None, a: int, b: int) -> None:
+    def _hand(self, target: int | Node, segment: Segment | None, a: int, b: int) -> None:
         if isinstance(target, Node):
-            groups = self._groups.get(target)
-            if groups is None:
+            if target in self._groups:
+                self._groups[target].append((segment, a, b))
+            else:
                 self._groups[target] = [(segment, a, b)]
-            else:
-                groups.append((segment, a, b))
         elif segment is None and self.plan.counts[self.rows[target]] == 1:
-            self.lone.append(target)
+            self._part.add_lone(target, target + 1, self._begin)
         else:
-            row = self.rows[target]
-            tip = self.tips[row]
+            tip = self.tips[self.rows[target]]
             if segment is None:
-                segment = _Segment(tip.start // self.size * self.size, tip.blocks)
-            else:
-                segment.blocks = segment.blocks + tip.blocks
+                segment = Segment(tip.start // self.size * self.size, [], 0)
             segment.add(a, b, UNLIMITED)
-            self.segments.append((segment, row))
+            self._part.add_tail(segment, tip.blocks, self.room, target)
 
-    def _close(self, segment: _Segment, a: int, b: int) -> _Segment | None:
+    def _close(self, segment: Segment, a: int, b: int) -> Segment | None:
         """End a segment; what a fixed chunk leaves over, if anything."""
         rest = None
         if self.deterministic:
-            whole = len(segment.blocks) // self.chunk_blocks * self.chunk_blocks
-            if whole < len(segment.blocks):
-                rest = _Segment(segment.start + whole * self.size, segment.blocks[whole:])
-                segment.blocks = segment.blocks[:whole]
-        if segment.blocks:
-            segment.add(a, b, len(segment.blocks) * self.size)
-            self.segments.append((segment, -1))
+            whole = segment.num_blocks // self.chunk_blocks * self.chunk_blocks
+            if whole < segment.num_blocks:
+                blocks = array("i", b"".join(segment.pieces))
+                left = segment.num_blocks - whole
+                rest = Segment(segment.start + whole * self.size, [blocks[whole:]], left)
+                segment.pieces, segment.num_blocks = [blocks[:whole]], whole
+        if segment.num_blocks:
+            segment.add(a, b, segment.num_blocks * self.size)
+            self._part.add(segment)
         return rest
-
-
-def _width(way: Way) -> int:
-    return way[2] - way[1]
 
 
 def _to_arrays(
     outline: _Outline, plan: TreeAttentionPlan, window: Window | None, deterministic: bool
 ) -> Segments:
     """What was collected, one after the other; those that begin at a lone leaf come last."""
-    size, num_new = plan.block_size, plan.num_new
-    lengths = plan.ends
+    size, num_new, parts = plan.block_size, plan.num_new, outline.parts
+    lengths, rows = plan.ends, np.array(outline.rows, np.int64)
 
     # Queries in tree order.
-    first_query = np.array(outline.first_query, np.int64)
-    query_row = np.array(outline.rows, np.int64)
+    query_row, first_query = rows, np.arange(len(rows) + 1)
     back: Longs | int = 1
-    if plan.grown is None:
+    if not outline.single:
+        first_query = np.array(outline.first_query, np.int64)
         counts = first_query[1:] - first_query[:-1]
-        query_row = np.repeat(query_row, counts)
-        back = np.repeat(first_query[1:], counts) - np.arange(len(query_row))
+        query_row = rows.repeat(counts)
+        back = first_query[1:].repeat(counts) - np.arange(len(query_row))
     query = query_row * num_new + num_new - back
-    position = lengths[query_row] - back
+    position = lengths.take(query_row) - back
 
-    shared = [segment for segment, _ in outline.segments]
-    lone = np.array(outline.lone, np.int64)
-    lone_rows = [outline.rows[rank] for rank in outline.lone]
-    tips = list(map(outline.tips.__getitem__, lone_rows))
-    row = np.array([row for _, row in outline.segments] + lone_rows, np.int64)
-    starts = [segment.start for segment in shared] + [tip.start for tip in tips]
-    begin = np.array(starts, np.int64) // size * size
-    lists = [segment.blocks for segment in shared] + [tip.blocks for tip in tips]
-    num_blocks = np.array(list(map(len, lists)), np.int64)
-    is_tail = row >= 0
-    tokens = np.where(is_tail, lengths[row] - begin, num_blocks * size)
-    blocks, first_block = _join(lists, num_blocks, len(shared), is_tail, size)
+    begin, num_blocks, places, num_members, rank = _columns([p.segments for p in parts], 5)
+    low, high, most = _columns([p.members for p in parts], 3)
+    first, end, lone_begin = _columns([p.lone for p in parts], 3)
+    is_tail = rank >= 0
+    if len(parts) > 1:
+        base = np.array([part.base for part in parts], np.int64)
+        sizes = np.array([part.sizes for part in parts], np.int64)
+        of_segment, of_range, of_lone = map(base.repeat, sizes.T)
+        rank, low, high, first, end = (
+            rank + of_segment,
+            low + of_range,
+            high + of_range,
+            first + of_lone,
+            end + of_lone,
+        )
+    of, lone = spread(end - first)
+    lone += first.take(of)
+
+    lone_rows = rows.take(lone)
+    row = np.concatenate([np.where(is_tail, rows.take(rank), -1), lone_rows])
+    begin = np.concatenate([begin, lone_begin.take(of)])
+    tokens = lengths.take(row) - begin
+    # Of tails, the blocks that they have now and room to grow.
+    all_places = (tokens + (size - 1)) // size + len(outline.room)
+    inner = np.flatnonzero(~is_tail)
+    tokens[inner] = num_blocks.take(inner) * size
+    all_places[inner] = places.take(inner)
+    places = all_places
+    first_block = places.cumsum()
+    first_block -= places
+    here = places > 0
+    if not here.all():
+        # Where the one before is.
+        first_block = first_block.take(np.maximum.accumulate(here * np.arange(len(here))))
+    pieces = list(chain.from_iterable([part.pieces for part in parts]))
+    tails = [outline.room] * (2 * len(lone))
+    tips = map(outline.tips.__getitem__, lone_rows.tolist())
+    tails[::2] = map(attrgetter("blocks"), tips)
+    blocks = np.frombuffer(b"".join(pieces + tails), np.int32)
 
     # Members, ranges of queries expanded.
-    ranges = [member for segment in shared for member in segment.members]
-    low, high, most = np.array(ranges, np.int64).reshape(-1, 3).T
-    widths = high - low
-    of, member = spread(widths)
-    member = np.concatenate([member + low.take(of), first_query.take(lone)])
+    of, member = spread(high - low)
+    member += low.take(of)
+    member = np.concatenate([member, first_query.take(lone)])
     limit = np.concatenate([most.take(of), np.full(len(lone), UNLIMITED)])
-    num_members = np.ones(len(row), np.int64)
-    num_members[: len(shared)] = [segment.num_queries for segment in shared]
-    first_member = np.cumsum(num_members) - num_members
-    member_begin = np.repeat(begin, num_members)
+    num_members = np.concatenate([num_members, np.ones_like(lone)])
+    first_member = num_members.cumsum()
+    first_member -= num_members
+    member_begin = begin.repeat(num_members)
     own = position.take(member) + 1 - member_begin
     lower, skipped = None, np.zeros_like(tokens)
     if window is not None and len(member):
@@ -437,38 +510,6 @@ def _to_arrays(
     )
 
 
-def _join(
-    lists: list[array[int]],
-    num_blocks: Longs,
-    num_shared: int,
-    is_tail: npt.NDArray[np.bool_],
-    size: int,
-) -> tuple[Ints, Longs]:
-    """All blocks one after the other, tails with room to grow; where each list begins.
-
-    Args:
-        num_shared: lists before those of lone leaves; neighbours may be the same object.
-    """
-    room = -(-GROWTH_TOKENS // size)
-    empty = array("i", bytes(room * 4))
-    pieces: list[array[int]] = []
-    places = num_blocks + room * is_tail
-    back: list[int] = []  # lists that are where the one before is
-    last = None
-    for i, (blocks, tail) in enumerate(zip(lists[:num_shared], is_tail.tolist(), strict=False)):
-        if blocks is last:
-            back.append(i)
-        else:
-            pieces.append(blocks)
-            if tail:
-                pieces.append(empty)
-        last = None if tail else blocks
-    for blocks in lists[num_shared:]:
-        pieces += blocks, empty
-    places[back] = 0
-    first_block = np.cumsum(places) - places
-    if back:
-        here = np.ones(len(lists), np.bool_)
-        here[back] = False
-        first_block = first_block[np.maximum.accumulate(here * np.arange(len(lists)))]
-    return np.frombuffer(b"".join(pieces), np.int32), first_block
+def _columns(lists: list[array[int]], width: int) -> Longs:
+    """Records of ``width`` numbers, one after the other, as ``[width, n]``."""
+    return np.frombuffer(b"".join(lists), np.int64).reshape(-1, width).T

@@ -106,6 +106,8 @@ class TreeAttentionPlan:
         deterministic: a row's result must not depend on the other rows, bit for bit.
         scratch: what a backend derives from the plan and keeps for the other layers.
         buffers: what a backend keeps from one plan of a cache to the next.
+        families: what is remembered of small subtrees from one plan to the next, see
+            :mod:`.outline`.
     """
 
     tree: BranchTree = field(repr=False, compare=False)
@@ -117,6 +119,7 @@ class TreeAttentionPlan:
     deterministic: bool = False
     scratch: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     buffers: Buffers = field(default_factory=Buffers, repr=False, compare=False)
+    families: Buffers = field(default_factory=Buffers, repr=False, compare=False)
     _kept: _Stretches | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -228,6 +231,7 @@ def build_plan(
         deterministic=deterministic,
         scratch=scratch,
         buffers=Buffers() if previous is None else previous.buffers,
+        families=Buffers() if previous is None else previous.families,
         _kept=kept,
     )
 

@@ -32,7 +32,7 @@ each may see of the item (tokens), and the first block numbers."""
 
 SMALL, LARGE, MERGE = 0, 1, 2
 
-AROUND = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4)
+AROUND = np.array([[0.7], [0.8], [0.9], [1.0], [1.1], [1.2], [1.3], [1.4]])
 """What is tried around ``Tiles.waves``, on a model of the GPU."""
 
 MOST_SIMULATED = 128
@@ -154,40 +154,57 @@ class _Items:
     def of(cls, segments: Segments, steps: Longs, tiles: Tiles, group_size: int) -> _Items:
         """Cut each segment every ``steps`` tokens."""
         left = segments.tokens - segments.skipped
-        pieces = -(-left // steps)
-        segment, piece = spread(pieces)
-        step = steps.take(segment)
-        offset = piece * step
-        offset += segments.skipped.take(segment)
-        last = piece == pieces.take(segment) - 1
-        stretch = np.where(last, segments.tokens.take(segment) - offset, step)
+        tails = segments.row >= 0
+        if (left > 0).all() and (left <= steps).all():
+            # Nothing is cut: each segment is an item.
+            segment: Longs = np.arange(len(left))
+            offset, stretch, grows = segments.skipped, left, tails
+            num_members = segments.num_members
+            item = segment.repeat(num_members)
+            query, limit, own = segments.member_query, segments.member_limit, segments.member_own
+            lower = segments.member_lower
+        else:
+            pieces = -(-left // steps)
+            segment, piece = spread(pieces)
+            step = steps.take(segment)
+            offset = piece * step
+            offset += segments.skipped.take(segment)
+            last = piece == pieces.take(segment) - 1
+            stretch = np.where(last, segments.tokens.take(segment) - offset, step)
+            # The last item of a tail grows with its row; the others end where the next begins.
+            grows = last & tails.take(segment)
+            num_members = segments.num_members.take(segment)
+            item, member = spread(num_members)
+            member += segments.first_member.take(segment).take(item)
+            query, limit, own = (
+                values.take(member)
+                for values in (segments.member_query, segments.member_limit, segments.member_own)
+            )
+            lower = None if segments.member_lower is None else segments.member_lower.take(member)
 
-        # Every member of the segment, then only those that see any of the item.
-        num_members = segments.num_members.take(segment)
-        item, member = spread(num_members)
-        member += segments.first_member.take(segment).take(item)
-        limit, before = segments.member_limit.take(member), offset.take(item)
-        # What it sees now, and what it may see, from the item's first token on.
-        unlimited = limit == UNLIMITED
-        limit -= before
-        now = np.minimum(limit, segments.member_own.take(member) - before)
+        # Of the members, those that see any of the item: what they see of it now.
+        before, reach = offset.take(item), stretch.take(item)
+        now = np.minimum(limit, own) - before
         sees = now > 0
-        if segments.member_lower is not None:
-            sees &= segments.member_lower.take(member) < before + stretch.take(item)
+        if lower is not None:
+            sees &= lower < before + reach
         if not sees.all():
-            item, member, now, unlimited = item[sees], member[sees], now[sees], unlimited[sees]
+            item, query, now, limit, reach = (x[sees] for x in (item, query, now, limit, reach))
             num_members = np.bincount(item, minlength=len(segment))
-        # The last item of a tail grows with its row; the others end where the next begins.
-        grows = last & (segments.row >= 0).take(segment)
-        full = np.minimum(now, stretch.take(item))
-        limit = np.where(grows.take(item) & unlimited, UNLIMITED, full)
+        full = np.minimum(now, reach)
+        limit = np.where(grows.take(item) & (limit == UNLIMITED), UNLIMITED, full)
 
         large = num_members > (0 if tiles.deterministic else tiles.m_small // group_size)
         cost = np.where(large, tiles.large_cost, 1.0) * (stretch + tiles.item_cost)
         kept = num_members > 0
         if not kept.all():
-            segment, offset, stretch, grows = (x[kept] for x in (segment, offset, stretch, grows))
-            cost, large, num_members = cost[kept], large[kept], num_members[kept]
+            segment, offset, stretch = (x[kept] for x in (segment, offset, stretch))
+            grows, large, cost, num_members = (
+                grows[kept],
+                large[kept],
+                cost[kept],
+                num_members[kept],
+            )
         return cls(
             segment=segment,
             offset=offset,
@@ -195,9 +212,9 @@ class _Items:
             grows=grows,
             cost=cost,
             large=large,
-            first_member=np.cumsum(num_members) - num_members,
+            first_member=num_members.cumsum() - num_members,
             num_members=num_members,
-            query=segments.member_query.take(member),
+            query=query,
             limit=limit,
             full=full,
         )
@@ -217,15 +234,17 @@ def _chunk_tokens(
     wave = float((rate * (left + tiles.item_cost)).sum()) / room
     most = np.maximum(left // tiles.min_chunk, 1)
 
-    def cut(waves: npt.NDArray[np.float64]) -> Longs:
-        pieces = (left * rate * waves[:, None] / max(wave, 1.0) + 0.5).astype(np.int64)
+    share = left * rate / max(wave, 1.0)
+
+    def cut(waves: npt.NDArray[np.float64] | float) -> Longs:
+        pieces = (share * waves + 0.5).astype(np.int64)
         pieces = np.minimum(np.maximum(pieces, 1), most)
         return np.maximum(-(-left // (pieces * quantum)), 1) * quantum
 
-    (best,) = cut(np.array([tiles.waves]))
+    best = cut(tiles.waves)
     # Where work is split at all, a few more or fewer pieces decide whether the last ones run alone.
     if (best < left).any() and len(left) <= MOST_SIMULATED:
-        cuts = {steps.tobytes(): steps for steps in cut(tiles.waves * np.array(AROUND))}
+        cuts = {steps.tobytes(): steps for steps in cut(tiles.waves * AROUND)}
         ends: dict[bytes, float] = {}
         for key, steps in cuts.items():
             limit = CLOSE * min(ends.values(), default=float("inf"))
@@ -255,13 +274,19 @@ def _makespan(
     least = float((cost * pieces).sum()) / room
     if least > limit:
         return least
-    costs = np.repeat(cost, pieces)
-    in_order = costs.take(np.lexsort((-costs, ~np.repeat(large, pieces)))).tolist()
+    order = np.lexsort((-cost, ~large))
+    in_order = cost.take(order).repeat(pieces.take(order)).tolist()
     ends = in_order[:room]
+    end = max(ends, default=0.0)
     heapify(ends)
     for cost in in_order[room:]:
-        heapreplace(ends, ends[0] + cost)
-    return max(ends, default=0.0)
+        next_end = ends[0] + cost
+        heapreplace(ends, next_end)
+        if next_end > end:
+            end = next_end
+            if end > limit:
+                break
+    return end
 
 
 def _work_list(
@@ -275,7 +300,7 @@ def _work_list(
     """Order the items, give slots to parts, add blanks and merges, write the records."""
     size, num_queries = plan.block_size, plan.num_rows * plan.num_new
     # The longest first, those of the large class before all others.
-    order = np.argsort(-items.cost - items.large * items.cost.sum(), kind="stable")
+    order = (-items.cost - items.large * items.cost.sum()).argsort(kind="stable")
     counts = items.num_members.take(order)
     item, place = spread(counts)
     member = place + items.first_member.take(order).take(item)
@@ -289,17 +314,17 @@ def _work_list(
     else:
         parted = np.bincount(item, num_seen.take(query) > 1, minlength=len(order)) > 0
     slots_used = counts * parted
-    first_slot = np.cumsum(slots_used) - slots_used
+    first_slot = slots_used.cumsum() - slots_used
     is_part = np.flatnonzero(parted.take(item))
     part_query, part_item = query.take(is_part), item.take(is_part)
     begins = segments.begin.take(segment) + offset
-    by_position = np.argsort(part_query << 32 | begins.take(part_item), kind="stable")
+    by_position = (part_query << 32 | begins.take(part_item)).argsort()
     part_slots = (first_slot.take(part_item) + place.take(is_part)).take(by_position)
     num_parts = np.bincount(part_query, minlength=num_queries)
 
     width = tiles.m_large // group_size
     small = width if tiles.deterministic else tiles.m_small // group_size
-    blanks = _tiled(np.flatnonzero(num_seen == 0), small)
+    idle, merged = np.flatnonzero(num_seen == 0), np.flatnonzero(num_parts)
     merge_rows, merge_parts = tiles.merge_rows, tiles.merge_parts
     adapts = not (fixed or tiles.deterministic)
     if adapts and 2 * num_parts.max(initial=0) <= merge_parts:
@@ -307,9 +332,9 @@ def _work_list(
     # A query's heads are merged together; what is loaded at a time stays as much.
     while merge_rows < group_size:
         merge_rows, merge_parts = 2 * merge_rows, max(1, merge_parts // 2)
-    merges = _tiled(np.flatnonzero(num_parts), merge_rows // group_size)
-    num_work = len(order) + len(blanks)
-    records = np.zeros((num_work + len(merges), FIELDS + 2 * width), np.int32)
+    num_blanks, num_merges = -(-len(idle) // small), -(-len(merged) // (merge_rows // group_size))
+    num_work = len(order) + num_blanks
+    records = np.zeros((num_work + num_merges, FIELDS + 2 * width), np.int32)
     work = records[: len(order)]
     work[:, 0] = LARGE if tiles.deterministic else items.large[order]
     work[:, 1] = segments.first_block.take(segment) + offset // size
@@ -317,22 +342,12 @@ def _work_list(
     work[:, 3] = counts
     work[:, 4] = np.where(parted, first_slot, -1)
     if len(order) and not tiles.deterministic:
-        first_member = np.flatnonzero(place == 0)
-        work[:, 5] = np.minimum.reduceat(items.full.take(member), first_member)
+        work[:, 5] = np.minimum.reduceat(items.full.take(member), counts.cumsum() - counts)
     at = item * records.shape[1] + place
     records.put(at + FIELDS, query)
     records.put(at + (FIELDS + width), items.limit.take(member))
-    for kind, first, tiled in (
-        (LARGE if tiles.deterministic else SMALL, len(order), blanks),
-        (MERGE, num_work, merges),
-    ):
-        if not len(tiled):
-            continue
-        rows = records[first : first + len(tiled)]
-        rows[:, 0] = kind
-        rows[:, 3] = (tiled >= 0).sum(1)
-        rows[:, 4] = -1
-        rows[:, FIELDS : FIELDS + tiled.shape[1]] = tiled.clip(0)
+    _put_tiled(records[len(order) : num_work], LARGE if tiles.deterministic else SMALL, idle, small)
+    _put_tiled(records[num_work:], MERGE, merged, merge_rows // group_size)
 
     tokens, grows = np.zeros((2, len(records)), np.int32)
     tokens[: len(order)] = items.tokens.take(order)
@@ -341,19 +356,20 @@ def _work_list(
     if plan.grown is not None or max(plan.counts, default=0) == 1:
         grows[: len(order)] = items.grows.take(order)
         tails = np.flatnonzero(segments.row >= 0)
-        row, begin = segments.row.take(tails), segments.begin.take(tails)
+        row, begin, held = (
+            values.take(tails) for values in (segments.row, segments.begin, segments.tokens)
+        )
         growing = np.flatnonzero(grows)
         tail_item[segments.row.take(segment.take(growing))] = growing
         tail_base[row] = segments.first_block.take(tails) - begin // size
         # Lists have whole blocks, and GROWTH_TOKENS beyond them; fixed chunks end where they must.
-        tail_room[row] = begin - (-segments.tokens.take(tails) // size) * size + GROWTH_TOKENS
+        room = begin - (-held // size) * size + GROWTH_TOKENS
         if tiles.deterministic:
             chunk = fixed_chunk(size)
-            tail_room[row] = np.minimum(
-                tail_room[row], begin - (-segments.tokens[tails] // chunk) * chunk
-            )
+            room = np.minimum(room, begin - (-held // chunk) * chunk)
+        tail_room[row] = room
     part_ptr = np.zeros(num_queries + 1, np.int32)
-    np.cumsum(num_parts, out=part_ptr[1:])
+    num_parts.cumsum(out=part_ptr[1:])
     return WorkList(
         items=records,
         tokens=tokens,
@@ -364,7 +380,7 @@ def _work_list(
         tiles=tiles,
         num_work=num_work,
         num_slots=int(slots_used.sum()),
-        num_large=int(items.large.sum()) + (len(blanks) if tiles.deterministic else 0),
+        num_large=int(items.large.sum()) + (num_blanks if tiles.deterministic else 0),
         merge_rows=merge_rows,
         merge_parts=merge_parts,
         tail_item=tail_item,
@@ -373,8 +389,14 @@ def _work_list(
     )
 
 
-def _tiled(values: Longs, width: int) -> Longs:
-    """``values`` in rows of ``width``, the last one filled up with -1."""
-    tiled = np.full((-(-len(values) // width), width), -1, np.int64)
-    tiled.flat[: len(values)] = values
-    return tiled
+def _put_tiled(records: Ints, kind: int, queries: Longs, width: int) -> None:
+    """Write records of ``width`` of the ``queries`` each, and of what is left."""
+    if not len(records):
+        return
+    records[:, 0] = kind
+    records[:, 3] = width
+    records[:, 4] = -1
+    rest = len(queries) - (len(records) - 1) * width
+    records[-1, 3] = rest
+    records[:-1, FIELDS : FIELDS + width] = queries[: len(queries) - rest].reshape(-1, width)
+    records[-1, FIELDS : FIELDS + rest] = queries[len(queries) - rest :]

@@ -33,7 +33,7 @@ class Node:
     block, either because it was copied on write or because its last owner took it over.
     """
 
-    __slots__ = ("_base", "_clock", "blocks", "children", "parent", "refs", "start")
+    __slots__ = ("_base", "_clock", "blocks", "children", "parent", "refs", "start", "version")
 
     def __init__(self, parent: Node | None, start: int, end: int, blocks: Iterable[int]) -> None:
         self.parent = parent
@@ -44,6 +44,7 @@ class Node:
         # Lists of work are made of many of these, joined as bytes.
         self.blocks = array("i", blocks)
         self.refs = 0  # branches whose tip this is
+        self.version = 0  # of the tree when anything but growth last happened here or below
 
     @property
     def end(self) -> int:

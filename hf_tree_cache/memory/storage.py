@@ -164,7 +164,7 @@ class KVStorage:
         self._needs_all = False
         self._poison = poison
         self._attached = 0
-        self._numbers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._numbers: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None = None
         self._k_slabs: list[torch.Tensor] = []  # [num_layers, slab_blocks * block_size, Hkv, Dk]
         self._v_slabs: list[torch.Tensor] = []
         self._k_blocks: list[torch.Tensor] = []  # [num_layers, slab_blocks, block_size, Hkv, Dk]
@@ -271,12 +271,13 @@ class KVStorage:
             slots = torch.from_numpy(self.places.of(blocks) * self.block_size + offsets)
         return SlabIndex.of(slots, self._slab_slots, self.spec.device)
 
-    def numbers_of(self, blocks: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int32], ...]:
-        """:meth:`block_numbers` of ``blocks``, for K and for V."""
+    def numbers_of(
+        self, blocks: npt.NDArray[Any], planes: int = 2
+    ) -> tuple[npt.NDArray[np.int32], ...]:
+        """:meth:`block_numbers` of ``blocks``, for K and, with two ``planes``, for V."""
         if self.places is not None:
             blocks = self.places.of(blocks)
-        k_numbers, v_numbers = self.block_numbers()
-        return k_numbers.numpy()[blocks], v_numbers.numpy()[blocks]
+        return tuple(numbers.take(blocks) for numbers in self._all_numbers()[:planes])
 
     def add_layer(self) -> int:
         """Give the next layer its position."""
@@ -394,8 +395,12 @@ class KVStorage:
         Raises:
             ScatteredStorage: slabs lie too far apart for such numbers.
         """
+        k_numbers, v_numbers = map(torch.from_numpy, self._all_numbers())
+        return k_numbers, v_numbers
+
+    def _all_numbers(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         if self._numbers is None or len(self._numbers[0]) != self.num_blocks:
-            inside = torch.arange(self.slab_blocks, dtype=torch.int64)
+            inside = np.arange(self.slab_blocks)
             numbers = []
             for slabs in (self._k_slabs, self._v_slabs):
                 unit = slabs[0].stride(1) * self.block_size * self.spec.dtype.itemsize
@@ -408,7 +413,7 @@ class KVStorage:
                         f"GiB with blocks of {unit} bytes. Use TreeCache(backend='torch'), or a "
                         "larger block_size."
                     )
-                numbers.append(torch.cat([inside + step for step in steps]).to(torch.int32))
+                numbers.append(np.concatenate([inside + step for step in steps]).astype(np.int32))
             self._numbers = numbers[0], numbers[1]
         return self._numbers
 

@@ -51,6 +51,8 @@ class BranchTree:
         self.num_copies = 0
         self.topology_version = 0
         """Changes whenever the set of shared nodes or the rows do; plain growth leaves it alone."""
+        self.order_version = 0
+        """The topology version since when no two rows have changed places."""
         self._growth: Growth | None = None
         self._paused: Paused | None = None
         self._root = Node(None, 0, 0, [])
@@ -177,6 +179,7 @@ class BranchTree:
         node = self._tip(branch)
         if branch in self.rows:
             self.rows.remove(branch)
+        self._touch(node)
         self._end(branch, node)
         self._note_change()
 
@@ -199,10 +202,17 @@ class BranchTree:
         rows = list(map(old.__getitem__, indices))
         named = np.bincount(chosen, minlength=num_rows)
         paused = self._carry_on(chosen, named > 1)
+        ascends = bool((chosen[1:] >= chosen[:-1]).all())
+        if not ascends:
+            self.order_version = self.topology_version + 1
         if len(chosen) and named.max() > 1:
-            order = np.argsort(chosen, kind="stable")
-            again = chosen[order[1:]] == chosen[order[:-1]]
-            for row in np.sort(order[1:][again]).tolist():
+            if ascends:
+                again = np.flatnonzero(chosen[1:] == chosen[:-1]) + 1
+            else:
+                order = chosen.argsort(kind="stable")
+                again = order[1:][chosen[order[1:]] == chosen[order[:-1]]]
+                again.sort()
+            for row in again.tolist():
                 node = tips[rows[row]]
                 node.refs += 1
                 rows[row] = Branch(self._next_id)
@@ -212,6 +222,7 @@ class BranchTree:
         self.rows = rows
         for row in np.flatnonzero(named == 0).tolist():
             node = tips.pop(old[row])
+            self._touch(node)
             node.refs -= 1
             self.num_prunes += 1
             if not node.refs:
@@ -233,14 +244,21 @@ class BranchTree:
                 "set_rows: a branch is named twice; fork it to have it in two rows."
             )
         known, paused = self._known(), None
-        if known is not None:
-            row_of = {branch: row for row, branch in enumerate(self.rows)}
-            chosen = np.array([row_of.pop(branch, -1) for branch in branches], np.int64)
-            for row in row_of.values():
-                # A held branch grows no more.
-                tip = known.tips[row]
-                tip.grow_with(STILL, tip.end)
-            paused = None if (chosen < 0).any() else self._carry_on(chosen)
+        row_of = {branch: row for row, branch in enumerate(self.rows)}
+        chosen = np.array([row_of.pop(branch, -1) for branch in branches], np.int64)
+        is_new = chosen < 0
+        for row in np.flatnonzero(is_new).tolist():
+            self._touch(self._tips[branches[row]])
+        for branch in row_of:
+            tip = self._tips[branch]
+            self._touch(tip)
+            # A held branch grows no more.
+            tip.grow_with(STILL, tip.end)
+        stayed = chosen[~is_new]
+        if (stayed[1:] < stayed[:-1]).any():
+            self.order_version = self.topology_version + 1
+        if known is not None and not is_new.any():
+            paused = self._carry_on(chosen)
         self.rows = list(branches)
         self._note_change()
         self._paused = paused
@@ -366,6 +384,7 @@ class BranchTree:
         node = Node(tip, start, end, blocks)
         node.refs = 1
         tip.children.add(node)
+        self._touch(tip)
         self._tips[branch] = node
         tip.refs -= 1
         self._tidy(tip)
@@ -400,8 +419,9 @@ class BranchTree:
 
     def clear(self) -> None:
         """End every branch, rows and held."""
-        for branch in list(self._tips):
-            self._end(branch, self._tips[branch])
+        for branch, node in list(self._tips.items()):
+            self._touch(node)
+            self._end(branch, node)
         self.rows = []
         self._note_change()
 
@@ -435,6 +455,7 @@ class BranchTree:
         twin._next_id, twin.rows = self._next_id, list(self.rows)
         twin.num_forks, twin.num_prunes = self.num_forks, self.num_prunes
         twin.num_copies, twin.topology_version = self.num_copies, self.topology_version
+        twin.order_version = self.order_version
         return twin
 
     def to_state(self) -> dict[str, Any]:
@@ -540,6 +561,13 @@ class BranchTree:
             suspects = suspects | self._paused.suspects
         return Paused(known.select(chosen), suspects[chosen])
 
+    def _touch(self, node: Node | None) -> None:
+        """What was found out about the subtrees that hold ``node`` holds no longer."""
+        version = self.topology_version + 1
+        while node is not None and node.version < version:
+            node.version = version
+            node = node.parent
+
     def _note_change(self) -> None:
         self.topology_version += 1
         self._growth = self._paused = None
@@ -632,6 +660,8 @@ class BranchTree:
         parent.children.add(head)
         head.children.add(node)
         node.parent, node.start, node.blocks = head, position, tail
+        self._touch(node)
+        self._touch(head)
         return head
 
     def _tidy(self, node: Node) -> None:
@@ -651,4 +681,5 @@ class BranchTree:
             node.blocks.extend(child.blocks)
             child.parent, child.start, child.blocks = parent, node.start, node.blocks
             parent.children.add(child)
+            self._touch(child)
             return
