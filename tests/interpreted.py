@@ -18,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from interpreter import quicken
 from kernel_calls import Call, Family, append, call_over, grow, make_call
 from models import build
 from test_forward import (
@@ -31,7 +32,6 @@ from test_forward import (
 )
 from torch._dynamo.utils import counters
 from trees import SHAPES, ShadowTree
-from triton import knobs
 
 from hf_tree_cache.attention.dispatch import run_tree_attention
 from hf_tree_cache.attention.plan import Window
@@ -211,7 +211,7 @@ def run_traced() -> list[str]:
 
 
 def main(num_trees: int) -> None:
-    assert knobs.runtime.interpret, "set TRITON_INTERPRET=1"
+    quicken()
     torch.set_num_threads(1)
     seen: dict[str, set[Any]] = {}
     failures: list[str] = []
@@ -231,4 +231,4 @@ def main(num_trees: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 96)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 56)

@@ -44,7 +44,7 @@ launch = pytest.importorskip("hf_tree_cache.attention.launch")
 
 TESTS = Path(__file__).parent
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-INTERPRETED_TREES = 96
+INTERPRETED_TREES, MORE_TREES = 56, 192
 STRESS_LAUNCHES = 10_000
 
 
@@ -68,8 +68,11 @@ def run_script(name: str, *arguments: str, timeout: float, **environment: str) -
 
 
 @pytest.mark.timeout(400)
-def test_the_interpreted_kernel_agrees_with_the_reference_on_random_trees() -> None:
-    found = run_script("interpreted.py", str(INTERPRETED_TREES), timeout=380, TRITON_INTERPRET="1")
+@pytest.mark.parametrize(
+    "num_trees", [INTERPRETED_TREES, pytest.param(MORE_TREES, marks=pytest.mark.slow)]
+)
+def test_the_interpreted_kernel_agrees_with_the_reference_on_random_trees(num_trees: int) -> None:
+    found = run_script("interpreted.py", str(num_trees), timeout=380, TRITON_INTERPRET="1")
     assert not found["failures"], "\n".join(found["failures"])
     seen = found["seen"]
     assert seen.pop("dtype") == ["torch.float16", "torch.float32"]
