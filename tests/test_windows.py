@@ -385,7 +385,6 @@ def test_runners_and_sessions_go_back_anywhere():
     assert session.runner.length(back.handle) == 11
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_random_lives_against_dense_tensors(backend):
     failures, seen = lives(backend, range(4 if backend == "torch" else 2), 8, 8)
