@@ -115,8 +115,8 @@ def run_tree(seed: int, seen: dict[str, set[Any]]) -> list[str]:
     return [text for text in wrong if text is not None]
 
 
-def run_advance() -> list[str]:
-    """Buffers that count on by themselves, then a plan that has caught up."""
+def run_growth() -> list[str]:
+    """Buffers that grow from step to step, then over ten steps at once."""
     wrong = []
     for window in (None, Window("sliding", 7), Window("chunked", 8)):
         family = Family(torch.float32, (16, 16), 4, 16, num_kv_heads=1, window=window)
@@ -124,10 +124,11 @@ def run_advance() -> list[str]:
         call = call_over(family, grow(ShadowTree(16), [20], "0 0 0", [1, 3, 2], [1, 1, 1]), "cpu")
         workspace = family.workspace("cpu")
         wrong.append(complain(call, call.attend(workspace)))
+        work = workspace.work
         for _ in range(4):
             call = append(call, [1] * call.plan.num_rows)
-            workspace.advance()
-            wrong.append(complain(call, call.launch(workspace)))
+            wrong.append(complain(call, call.attend(workspace)))
+        wrong.append(None if workspace.work is work else "growth was planned anew")
         for _ in range(10):
             call = append(call, [1] * call.plan.num_rows)
         wrong.append(complain(call, call.attend(workspace)))
@@ -219,7 +220,7 @@ def main(num_trees: int) -> None:
         (f"tree {seed} ({SHAPES[seed % len(SHAPES)]})", lambda seed=seed: run_tree(seed, seen))
         for seed in range(num_trees)
     ]
-    jobs += [("advance", run_advance), ("blanks", run_blanks), ("dispatch", run_dispatch)]
+    jobs += [("growth", run_growth), ("blanks", run_blanks), ("dispatch", run_dispatch)]
     jobs += [("forward", run_forward), ("traced", run_traced)]
     for name, job in jobs:
         try:

@@ -547,38 +547,6 @@ def test_one_captured_launch_serves_200_tokens_of_a_tree_that_branches(family: F
     assert len(call.storage._k_slabs) > 1
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("family", [FAMILIES[5], FAMILIES[9]], ids=str)
-@pytest.mark.usefixtures("compiled")
-def test_a_captured_launch_counts_on_by_itself_between_blocks(family: Family) -> None:
-    shadow = ShadowTree(family.block_size)
-    grown = grow(shadow, [300], "0 0 0 0", [5, 1, 90, 33], [1, 1, 1, 1])
-    call = call_over(family, grown, "cuda")
-    workspace = family.workspace("cuda")
-    q, (out, lse) = call.q, outputs(call.q, family.head_dims[1])
-    options = call.options
-
-    def run() -> None:
-        workspace.launch(q, call.storage, call.layer, out, lse, **options)
-        workspace.advance()
-
-    workspace.prepare(call.plan, call.storage)
-    run()
-    graph = capture(run)
-    prepared = 0
-    for step in range(3 * family.block_size):
-        call = append(call, [1] * 4)
-        if step == 0 or any(length % family.block_size == 1 for length in call.plan.lengths):
-            workspace.prepare(call.plan, call.storage)
-            prepared += 1
-        q.copy_(call.q)
-        out.fill_(torch.nan)
-        graph.replay()
-        complaint = call.complain((out, lse))
-        assert complaint is None, f"step {step}: {complaint}"
-    assert prepared < 15 and workspace.generation == 1
-
-
 # A branch alone and among siblings.
 
 
