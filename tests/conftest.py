@@ -12,6 +12,7 @@ import torch
 # Workers side by side share the cores; tiny models are faster on one thread anyway.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from interpreter import quicken
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -34,6 +35,8 @@ from hf_tree_cache import (
 
 
 def main() -> None:
+    quicken()
+    torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # the interpreter divides by zero where values are masked
     torch.manual_seed(0)
     model = tiny(LlamaConfig, LlamaForCausalLM)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from draws import SAMPLINGS, kept_by_kernel, kept_by_sorting, rows
-from triton import knobs
+from interpreter import quicken
 
 from hf_tree_cache.generation import draw_kernel, uncertainty, uncertainty_kernel
 from hf_tree_cache.generation.draw_kernel import draw
@@ -144,7 +144,7 @@ def check_uncertainty() -> Iterator[str]:
 
 
 def main() -> None:
-    assert knobs.runtime.interpret, "set TRITON_INTERPRET=1"
+    quicken()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     jobs = {

@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from interpreter import quicken
 
 from hf_tree_cache.attention.latent_launch import serves, tree_attention_absorbed
 from hf_tree_cache.attention.plan import build_plan
@@ -89,6 +90,8 @@ def check(
 
 
 def main() -> None:
+    quicken()
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     for shape in (
         (16, 100, [3, 17, 1], 16, 32),

@@ -25,7 +25,6 @@ from hf_tree_cache.errors import InvalidArgument
 from hf_tree_cache.memory.storage import KVSpec, KVStorage
 
 SEEDS = 320
-CORE_SEEDS = range(0, SEEDS, 21)
 WINDOWS = [
     None,
     *(Window(kind, size) for kind in ("sliding", "chunked") for size in (1, 3, 16, 100)),  # type: ignore[arg-type]
@@ -189,13 +188,9 @@ def check_same(
 
 
 def trees(seeds: range) -> Any:
-    marks = {seed: [pytest.mark.core] if seed in CORE_SEEDS else [] for seed in seeds}
     return pytest.mark.parametrize(
         "seed",
-        [
-            pytest.param(seed, id=f"{SHAPES[seed % len(SHAPES)]}, tree {seed}", marks=marks[seed])
-            for seed in seeds
-        ],
+        [pytest.param(seed, id=f"{SHAPES[seed % len(SHAPES)]}, tree {seed}") for seed in seeds],
     )
 
 
@@ -393,7 +388,6 @@ def test_layers_of_different_heads_and_windows_share_a_plan(
                 check_same(attend(layer, "torch"), branch_by_branch(layer), 1e-10)
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_columns_before_the_new_tokens_are_zero_whatever_their_queries(
     backend: str, monkeypatch: pytest.MonkeyPatch
@@ -433,7 +427,6 @@ def test_arguments_are_left_as_they_were(monkeypatch: pytest.MonkeyPatch) -> Non
             torch.testing.assert_close(now, was, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.core
 def test_a_backend_is_chosen_by_argument_then_environment_then_default(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -455,7 +448,6 @@ def test_an_unknown_backend_is_refused_with_the_ones_there_are(
         choose_backend()
 
 
-@pytest.mark.core
 @pytest.mark.parametrize(
     ("name", "function"),
     [("torch", tree_attention_torch), ("reference", tree_attention_reference)],

@@ -16,12 +16,13 @@ from self_consistency import Comparison, Report, Run
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, str]:
-    """The demo at its smallest: one question, few branches, and all of the long prompt."""
+    """The demo at its smallest: one question, few branches, a quarter of the long prompt."""
     arguments = ["--questions", "1", "--branches", "4", "--new-tokens", "20"]
     arguments += ["--stored-new-tokens", "2"]
     arguments += ["--html", str(tmp_path_factory.mktemp("demo") / "deep" / "tree.html")]
     printed = StringIO()
-    with redirect_stdout(printed):
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setattr(self_consistency, "STORED_PROMPT", 500)
         report = self_consistency.main(arguments)
     return report, printed.getvalue()
 
@@ -42,11 +43,11 @@ def test_the_prompt_is_computed_once_and_takes_less_room(demo: tuple[Report, str
     assert found.tree.kv_bytes < found.dynamic.kv_bytes
 
 
-def test_64_branches_of_2000_tokens_save_95_percent(demo: tuple[Report, str]) -> None:
+def test_64_branches_of_500_tokens_save_95_percent(demo: tuple[Report, str]) -> None:
     stored = demo[0].stored
     assert stored is not None
-    assert (stored.num_rows, stored.prefill_tokens_asked) == (64, 128_000)
-    assert stored.prefill_tokens_computed == 2_000
+    assert (stored.num_rows, stored.prefill_tokens_asked) == (64, 32_000)
+    assert stored.prefill_tokens_computed == 500
     assert stored.dense_reads == {}
     assert stored.saving >= 0.95
 

@@ -26,10 +26,16 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("arch", NVIDIA)
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [
+        pytest.param(name, arch, marks=[] if arch == "sm_90" or i % 3 == j else [pytest.mark.slow])
+        for j, name in enumerate(SHAPES)
+        for i, arch in enumerate(NVIDIA)
+    ],
+)
 def test_few_rows_fit(
-    arch: str, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    name: str, arch: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     kernel, launched = linear.few_rows_kernel, Kernel()
     monkeypatch.setattr(linear, "few_rows_kernel", launched)

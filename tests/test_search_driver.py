@@ -118,8 +118,15 @@ def facts(result: SearchResult) -> Any:
     return (result.answer, result.votes, result.solutions, result.ended_by, result.tree.to_dict())
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=[pytest.mark.core] if name in ("dvts", "entropy_branching") else []
+        )
+        for name in STRATEGIES
+    ],
+)
 def test_every_strategy_answers_questions_together_and_repeats_itself_by_seed(
     llama: Any, name: str
 ) -> None:

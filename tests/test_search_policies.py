@@ -29,8 +29,6 @@ from hf_tree_cache.search.self_consistency import SelfConsistency
 from hf_tree_cache.search.step_beam import StepBeam
 from hf_tree_cache.search.tree_of_thoughts import TreeOfThoughts
 
-pytestmark = pytest.mark.core
-
 
 def grow(search: SearchTree, parent: int, state: str = "done", **facts: Any) -> SearchNode:
     """Add a step that has ended, with the facts that the driver would have filled in."""

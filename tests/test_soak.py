@@ -177,6 +177,10 @@ CALLS: list[tuple[Callable[..., None], type[Exception] | None, dict[str, Any]]] 
 ROUNDS = 10
 """70 calls, of which the first two rounds warm up the allocators and caches below us."""
 
+FEW_ROUNDS = 6
+LEFT_BEHIND = 28
+"""Objects that a round may leave; a call that keeps its cache leaves more."""
+
 
 def generate_on_and_on(model: Any, inputs: Any, cache: TreeCache | None) -> None:
     """Each of `CALLS` once, most of them failing in the middle.
@@ -194,13 +198,16 @@ def generate_on_and_on(model: Any, inputs: Any, cache: TreeCache | None) -> None
         assert used.stats().blocks == 0
 
 
+@pytest.mark.parametrize("rounds", [FEW_ROUNDS, pytest.param(ROUNDS, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("reused", [False, True], ids=["a cache each", "one cache"])
-def test_generates_with_errors_in_the_middle_leave_nothing_behind(reused: bool) -> None:
+def test_generates_with_errors_in_the_middle_leave_nothing_behind(
+    reused: bool, rounds: int
+) -> None:
     process, model, inputs = psutil.Process(), build("llama"), prompts()
     cache = TreeCache() if reused else None
     resident, objects, tensors = [], [], []
     with enable_tree_attention(model):
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             generate_on_and_on(model, inputs, cache)
             gc.collect()
             kinds = list(map(type, gc.get_objects()))
@@ -208,7 +215,7 @@ def test_generates_with_errors_in_the_middle_leave_nothing_behind(reused: bool) 
             tensors.append(sum(issubclass(kind, torch.Tensor) for kind in kinds))
             resident.append(process.memory_info().rss)
     assert max(tensors[2:]) == tensors[2], tensors
-    assert max(objects[2:]) - objects[2] < 200, objects
+    assert max(objects[2:]) - objects[2] < LEFT_BEHIND * (rounds - 3), objects
     assert max(resident[2:]) - resident[2] < SLACK, resident
 
 

@@ -477,4 +477,4 @@ CacheAgainstLists.TestCase.settings = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-TestCacheAgainstLists = pytest.mark.core(CacheAgainstLists.TestCase)
+TestCacheAgainstLists = CacheAgainstLists.TestCase

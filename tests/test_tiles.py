@@ -29,8 +29,6 @@ from hf_tree_cache.attention.tiles import (
 )
 from hf_tree_cache.memory.storage import KVSpec
 
-pytestmark = pytest.mark.core
-
 KEY = ("sm_80", 2, 128)
 OTHER = TileSet(Tiles(kv_large=64, waves=0.9), Tiles(num_warps=8, max_registers=128))
 

@@ -385,7 +385,6 @@ def test_runners_and_sessions_go_back_anywhere():
     assert session.runner.length(back.handle) == 11
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_random_lives_against_dense_tensors(backend):
     failures, seen = lives(backend, range(4 if backend == "torch" else 2), 8, 8)
@@ -394,10 +393,14 @@ def test_random_lives_against_dense_tensors(backend):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Triton")
-def test_random_lives_in_the_interpreted_kernel():
-    script = Path(__file__).with_name("windowed.py")
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    "options", [[], pytest.param(["--long"], marks=pytest.mark.slow)], ids=["short", "long"]
+)
+def test_random_lives_in_the_interpreted_kernel(options):
+    script = Path(__file__).with_name("interpreted_windows.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(script)]
+    command = [sys.executable, str(script), *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=380)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -195,6 +194,5 @@ WindowsAgainstLists.TestCase.settings = settings(
 )
 
 
-@pytest.mark.core
 class TestWindowsAgainstLists(WindowsAgainstLists.TestCase):  # type: ignore[name-defined, misc]
     """That blocks go and calls are refused is seen to by test_windows.py, in lives that repeat."""

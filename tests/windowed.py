@@ -1,6 +1,6 @@
 """Random lives of a tree whose K/V are let go behind windows, attended to at every step.
 
-Shared by test_windows.py and by a script that it runs in Triton's interpreter.
+Shared by test_windows.py and interpreted_windows.py.
 """
 
 from __future__ import annotations
@@ -203,22 +203,3 @@ def lives(
         except Exception as error:
             failures.append(f"{backend} {seed}: {type(error).__name__}: {error}")
     return failures, seen
-
-
-def main() -> None:
-    """In Triton's interpreter: ``TRITON_INTERPRET=1 python tests/windowed.py``."""
-    torch.set_num_threads(1)
-    failures, seen = lives("triton", range(6), 8, 5)
-    more, _ = lives("triton", range(3), 2, 30, tight=True)
-    failures += more
-    for head_dims, deterministic in (((32, 16), False), ((16, 16), True)):
-        more, others = lives(
-            "triton", range(2), 6, 5, head_dims=head_dims, deterministic=deterministic
-        )
-        failures, seen = failures + more, seen | others
-    assert not failures, "\n".join(failures)
-    assert "let go" in seen, seen
-
-
-if __name__ == "__main__":
-    main()

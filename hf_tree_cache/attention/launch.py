@@ -144,15 +144,6 @@ class Workspace:
             self.reset()
         self._last = now
 
-    def advance(self) -> None:
-        """Every row has one token more, in blocks that are known: nothing but device work.
-
-        Can be captured. The host's plan stays behind until the next :meth:`prepare`.
-        """
-        now, _, each = self._growing
-        now.add_(each)
-        self.reset()
-
     def reset(self) -> None:
         """Counters to 0, where launches leave them unless they are aborted. Can be captured."""
         self._sync.zero_()
