@@ -60,9 +60,9 @@ The answer is 29.
 QUESTION = """\
 Question: Sam picks 12 apples and 15 pears, and eats 4 of them. How many pieces of fruit are left?
 """
-DEFAULTS = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "smollm2": {"prompt_tokens": 500, "steps": 6, "step_tokens": 32},
-    "8b": {"prompt_tokens": 4000, "steps": 4, "step_tokens": 16},
+    "8b": {"prompt_tokens": 4000, "steps": 4, "step_tokens": 16, "dtype": "bfloat16"},
 }
 STOP = "Question:"
 """Behind its answer the model asks the next question; the solution is complete then."""
@@ -78,6 +78,7 @@ class Work:
     expand: int
     steps: int
     step_tokens: int
+    dtype: str = "float32"
 
     def policy(self) -> RankedBeam:
         return RankedBeam(self.width, self.expand, self.steps)
@@ -224,7 +225,7 @@ def question_of(work: Work, tokenizer: Any) -> str:
     return SHOTS * max(times, 1) + QUESTION
 
 
-def load(shape: str) -> tuple[Any, Any]:
+def load(shape: str, dtype: str) -> tuple[Any, Any]:
     if shape == "smollm2":
         from weights import load_smollm2
 
@@ -234,7 +235,7 @@ def load(shape: str) -> tuple[Any, Any]:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
     from shapes import build
 
-    model = build("8B")
+    model = build("8B").to(getattr(torch, dtype))
     clear_successors(model)
     return model, words(model.config.vocab_size)
 
@@ -278,7 +279,7 @@ def words(size: int) -> Any:
 
 def search(way: str, work: Work) -> Found:
     """Search one way, in this process, and measure it."""
-    model, tokenizer = load(work.shape)
+    model, tokenizer = load(work.shape, work.dtype)
     question = question_of(work, tokenizer)
     run_once(way, replace(work, steps=1, step_tokens=2), model, tokenizer, question[:200])
     weights = memory_mb(reset=True)
@@ -417,9 +418,14 @@ def main(argv: Sequence[str] | None = None) -> tuple[Found, Found]:
     parser.add_argument("--expand", type=int, default=4)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--step-tokens", type=int, help="at most, of one step")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the 8b shape, as a rule bfloat16"
+    )
     parser.add_argument("--way", choices=("text", "tree"), help=argparse.SUPPRESS)
     arguments = vars(parser.parse_args(argv))
     way = arguments.pop("way")
+    if arguments["shape"] != "8b" and arguments["dtype"] is not None:
+        parser.error("--dtype is for --shape 8b")
     given = {name: value for name, value in arguments.items() if value is not None}
     work = Work(**{**DEFAULTS[arguments["shape"]], **given})
     if way is not None:
@@ -427,7 +433,7 @@ def main(argv: Sequence[str] | None = None) -> tuple[Found, Found]:
         sys.exit()
     print(f"{work}", flush=True)
     if work.shape == "8b":
-        text, tree = search_warm(work, *load(work.shape))
+        text, tree = search_warm(work, *load(work.shape, work.dtype))
     else:
         text, tree = (in_its_own_process(way, work) for way in ("text", "tree"))
     print(report(text, tree))
