@@ -46,6 +46,7 @@ class IntBuffer:
             self._spans[name] = slice(end, end + max(had, rounded(size)))
             end = self._spans[name].stop
         self._mirror = np.zeros(end, np.int32)
+        self._source = torch.from_numpy(self._mirror)
         with torch.inference_mode(False):  # it outlives the block that it may be made in
             buffer = torch.zeros(end, dtype=torch.int32, device=self._device)
         self._views = {name: buffer[span] for name, span in self._spans.items()}
@@ -61,7 +62,7 @@ class IntBuffer:
         self._send(start + begin, start + end)
 
     def _send(self, begin: int, end: int) -> None:
-        source = torch.from_numpy(self._mirror[begin:end])
+        source = self._source[begin:end]
         if self._device.type == "cuda":
             # A pinned copy of its own: the mirror may change before the GPU gets there.
             source = source.pin_memory()

@@ -462,7 +462,7 @@ def _to_arrays(
     tokens = lengths.take(row) - begin
     # Of tails, the blocks that they have now and room to grow.
     all_places = (tokens + (size - 1)) // size + len(outline.room)
-    inner = np.flatnonzero(~is_tail)
+    inner = (~is_tail).nonzero()[0]
     tokens[inner] = num_blocks.take(inner) * size
     all_places[inner] = places.take(inner)
     places = all_places

@@ -315,7 +315,7 @@ def _work_list(
         parted = np.bincount(item, num_seen.take(query) > 1, minlength=len(order)) > 0
     slots_used = counts * parted
     first_slot = slots_used.cumsum() - slots_used
-    is_part = np.flatnonzero(parted.take(item))
+    is_part = parted.take(item).nonzero()[0]
     part_query, part_item = query.take(is_part), item.take(is_part)
     begins = segments.begin.take(segment) + offset
     by_position = (part_query << 32 | begins.take(part_item)).argsort()
@@ -324,7 +324,7 @@ def _work_list(
 
     width = tiles.m_large // group_size
     small = width if tiles.deterministic else tiles.m_small // group_size
-    idle, merged = np.flatnonzero(num_seen == 0), np.flatnonzero(num_parts)
+    idle, merged = (num_seen == 0).nonzero()[0], num_parts.nonzero()[0]
     merge_rows, merge_parts = tiles.merge_rows, tiles.merge_parts
     adapts = not (fixed or tiles.deterministic)
     if adapts and 2 * num_parts.max(initial=0) <= merge_parts:
@@ -355,11 +355,11 @@ def _work_list(
     tail_room = np.zeros(plan.num_rows, np.int64)
     if plan.grown is not None or max(plan.counts, default=0) == 1:
         grows[: len(order)] = items.grows.take(order)
-        tails = np.flatnonzero(segments.row >= 0)
+        tails = (segments.row >= 0).nonzero()[0]
         row, begin, held = (
             values.take(tails) for values in (segments.row, segments.begin, segments.tokens)
         )
-        growing = np.flatnonzero(grows)
+        growing = grows.nonzero()[0]
         tail_item[segments.row.take(segment.take(growing))] = growing
         tail_base[row] = segments.first_block.take(tails) - begin // size
         # Lists have whole blocks, and GROWTH_TOKENS beyond them; fixed chunks end where they must.

@@ -202,7 +202,7 @@ class _Reader:
 
     def room_for(self, bucket: int) -> bool:
         """Have results of ``bucket`` rows; whether they had to move."""
-        if len(self.out) >= bucket:
+        if self.out.shape[0] >= bucket:
             return False
         key = self.workspace.key
         heads = key.spec.num_kv_heads * key.group_size
