@@ -37,6 +37,12 @@ from hf_tree_cache import (
 def main() -> None:
     quicken()
     torch.set_num_threads(1)
+    for compile in (False, True) if "--compile" in sys.argv else (False,):
+        run(compile)
+
+
+def run(compile: bool) -> None:
+    """Plain layers or compiled ones."""
     warnings.simplefilter("ignore")  # the interpreter divides by zero where values are masked
     torch.manual_seed(0)
     model = tiny(LlamaConfig, LlamaForCausalLM)
@@ -49,7 +55,6 @@ def main() -> None:
         "return_dict_in_generate": True,
     }
     dense = model.generate(ids, **options)
-    compile = "--compile" in sys.argv
     with enable_tree_attention(model, cuda_graphs=True, compile=compile) as handle:
         cache = TreeCache(poison=True, block_size=4)
         ours = model.generate(ids, past_key_values=cache, **options)

@@ -29,9 +29,9 @@ BETWEEN_DEVICES = {
     torch.ops.aten._local_scalar_dense.default,
 }
 MODES: dict[str, dict[str, Any]] = {
-    "greedy": {"do_sample": False},
-    "sampling": {"do_sample": True, "num_return_sequences": 3},
-    "beam search": {"do_sample": False, "num_beams": 3},
+    "greedy": {"do_sample": False, "max_new_tokens": 5},
+    "sampling": {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 5},
+    "beam search": {"do_sample": False, "num_beams": 3, "max_new_tokens": 5},
 }
 
 
