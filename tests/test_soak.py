@@ -177,7 +177,7 @@ CALLS: list[tuple[Callable[..., None], type[Exception] | None, dict[str, Any]]] 
 ROUNDS = 10
 """70 calls, of which the first two rounds warm up the allocators and caches below us."""
 
-FEW_ROUNDS = 6
+FEW_ROUNDS = 8
 LEFT_BEHIND = 28
 """Objects that a round may leave; a call that keeps its cache leaves more."""
 
