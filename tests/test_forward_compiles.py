@@ -29,7 +29,11 @@ SHAPES = {
 @pytest.mark.parametrize(
     ("name", "arch"),
     [
-        pytest.param(name, arch, marks=[] if arch == "sm_90" or i % 3 == j else [pytest.mark.slow])
+        pytest.param(
+            name,
+            arch,
+            marks=[] if arch in ("sm_86", "sm_90") or i % len(SHAPES) == j else [pytest.mark.slow],
+        )
         for j, name in enumerate(SHAPES)
         for i, arch in enumerate(NVIDIA)
     ],
