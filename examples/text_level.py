@@ -34,6 +34,7 @@ from typing import Any
 os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "1000")
 
 import torch
+from torch import nn
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -237,7 +238,19 @@ def load(shape: str, dtype: str) -> tuple[Any, Any]:
 
     model = build("8B").to(getattr(torch, dtype))
     clear_successors(model)
+    model.lm_head = FullHead(model.lm_head)
     return model, words(model.config.vocab_size)
+
+
+class FullHead(nn.Module):
+    """A head in float32: logits in bfloat16 have steps of 1/16, in which candidates tie."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(head.weight.detach().float(), requires_grad=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(hidden.float(), self.weight)
 
 
 @torch.no_grad()

@@ -184,6 +184,7 @@ def test_random_weights_in_bfloat16_propose_the_same_both_ways(
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     text_level.clear_successors(model)
+    model.lm_head = text_level.FullHead(model.lm_head)
     work = text_level.Work("8b", 20, width=2, expand=3, steps=3, step_tokens=4)
     text, tree = text_level.search_warm(work, model, text_level.words(300))
     assert text.candidates == tree.candidates and len(text.candidates) == 3 * 6
