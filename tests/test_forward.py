@@ -152,6 +152,44 @@ def test_units_that_compute_something_else_are_left_alone(monkeypatch):
     assert not GatedUnits([unit]).units  # it has a bias
 
 
+class Unit(nn.Module):
+    """A gated unit with weights that make gates as large as a trained model's, or larger."""
+
+    def __init__(self, activation, bound=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate_proj, self.up_proj = (nn.Linear(256, 512, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(512, 256, bias=False)
+        self.act_fn, self.bound = activation, bound
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        self.to(torch.bfloat16)
+
+    def forward(self, x):
+        gate = self.gate_proj(x) if self.bound is None else self.gate_proj(x).clamp(max=self.bound)
+        return self.down_proj(self.act_fn(gate) * self.up_proj(x))
+
+
+@pytest.mark.parametrize(
+    ("unit", "served"),
+    [
+        (Unit(nn.SiLU()), True),
+        (Unit(nn.GELU()), False),
+        (Unit(nn.functional.relu), False),
+        (Unit(nn.SiLU(), bound=60.0), False),
+    ],
+    ids=["silu", "gelu", "relu", "a bound"],
+)
+def test_rounding_does_not_pass_one_unit_for_another(unit, served, monkeypatch):
+    monkeypatch.setattr(gated_module, "find_obstacle", lambda layer: None)
+
+    def fused(x, gate, up):
+        return nn.functional.silu(x @ gate.T) * (x @ up.T)
+
+    monkeypatch.setattr(gated_module, "few_rows_gated", fused)
+    assert len(GatedUnits([unit]).units) == served
+
+
 @pytest.mark.gpu
 def test_layers_of_a_model_in_half_precision_take_the_kernel_and_are_given_back(monkeypatch):
     model = build("qwen2", torch.bfloat16).cuda()
