@@ -133,11 +133,6 @@ def test_gated_units_take_the_kernel_and_are_given_back(name, monkeypatch):
 
 def test_units_that_compute_something_else_are_left_alone(monkeypatch):
     monkeypatch.setattr(gated_module, "find_obstacle", lambda layer: None)
-
-    def fused(x, gate, up):
-        return nn.functional.silu(x @ gate.T) * (x @ up.T)
-
-    monkeypatch.setattr(gated_module, "few_rows_gated", fused)
     # Gemma's is a gelu, GPT-2's has no gate.
     for name, served in (("llama", True), ("gemma2", False), ("gpt2", False)):
         model = build(name)
@@ -176,18 +171,31 @@ class Unit(nn.Module):
         (Unit(nn.SiLU()), True),
         (Unit(nn.GELU()), False),
         (Unit(nn.functional.relu), False),
-        (Unit(nn.SiLU(), bound=60.0), False),
+        (Unit(nn.SiLU(), bound=20.0), False),
     ],
     ids=["silu", "gelu", "relu", "a bound"],
 )
 def test_rounding_does_not_pass_one_unit_for_another(unit, served, monkeypatch):
     monkeypatch.setattr(gated_module, "find_obstacle", lambda layer: None)
-
-    def fused(x, gate, up):
-        return nn.functional.silu(x @ gate.T) * (x @ up.T)
-
-    monkeypatch.setattr(gated_module, "few_rows_gated", fused)
     assert len(GatedUnits([unit]).units) == served
+
+
+class Norm(nn.Module):
+    """With a weight so large that 1 more is within rounding."""
+
+    def __init__(self, more):
+        super().__init__()
+        self.weight, self.eps, self.more = nn.Parameter(torch.full((64,), 100.0)), 1e-6, more
+        self.to(torch.bfloat16)
+
+    def forward(self, x):
+        y = nn.functional.rms_norm(x.float(), (64,), eps=self.eps)
+        return (y * (self.more + self.weight.float())).to(x.dtype)
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_rounding_does_not_pass_one_norm_for_another(more):
+    assert len(SmallSteps([Norm(more)]).norms) == (more == 0)
 
 
 @pytest.mark.gpu

@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from ..forward.linear import MOST_ROWS, few_rows_gated, find_obstacle
 from ..forward.small import gated_product
 from .linears import is_plain
-from .trial import agree, made_up
+from .trial import WITHIN, agree, made_up
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
-ACTIVATIONS = ("act_fn", "act", "activation_fn")
 TRIAL_ROWS = 2
-TRIAL_SCALES = (1, 16)
-"""Gates of some tens show where a model bounds them."""
+TRIAL_SHAPES = ((24, 16), (24, 16), (16, 24))
+TRIAL_SCALES = (0.1, 1, 64)
+"""Small gates tell activations apart, large ones show where a model bounds them."""
 
 
 class GatedUnits:
@@ -79,17 +80,18 @@ def _is_gated(module: nn.Module) -> bool:
         return False
     if len(inspect.signature(module.forward).parameters) != 1:
         return False
-    # By itself: behind two products in half precision a gelu passes for a silu.
-    activation = next(
-        (getattr(module, name) for name in ACTIVATIONS if hasattr(module, name)), None
-    )
-    points = torch.linspace(-8, 8, 65, device=gate.weight.device)
-    if activation is None or not agree(activation, nn.functional.silu, points):
-        return False
-    kind = type(module)
+    # Weights of another size, in float64: what is multiplied with what does not depend on them.
+    weights = {
+        f"{name}.weight": made_up(*shape, like=gate.weight, dtype=torch.float64) / 8
+        for name, shape in zip(NAMES, TRIAL_SHAPES, strict=True)
+    }
 
-    def fused(x: torch.Tensor) -> torch.Tensor:
-        return _fuse(kind).forward(module, x)
+    def theirs(x: torch.Tensor) -> object:
+        return functional_call(module, weights, (x,))
 
-    x = made_up(TRIAL_ROWS, gate.in_features, like=gate.weight)
-    return all(agree(module, fused, scale * x) for scale in TRIAL_SCALES)
+    def ours(x: torch.Tensor) -> torch.Tensor:
+        gate, up, down = weights.values()
+        return (nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+    x = made_up(TRIAL_ROWS, TRIAL_SHAPES[0][1], like=gate.weight, dtype=torch.float64)
+    return all(agree(theirs, ours, scale * x, within=WITHIN) for scale in TRIAL_SCALES)

@@ -15,10 +15,11 @@ from types import ModuleType
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from ..forward.small import HALF, Sum, make_rotary, rms_norm
 from .pending_sums import PendingSums
-from .trial import agree, made_up
+from .trial import WITHIN, agree, made_up
 
 EPS_NAMES = ("variance_epsilon", "eps")
 ROTARY = "apply_rotary_pos_emb"
@@ -92,8 +93,23 @@ class SmallSteps:
             assert weight is not None
             return rms_norm(hidden_states, weight, eps, added=self._take(hidden_states))
 
-        trial = made_up(TRIAL_ROWS, len(weight), like=weight)
-        return fused if agree(module, fused, trial) else None
+        x, exact, other = (
+            made_up(*shape, like=weight, dtype=dtype)
+            for shape, dtype in (
+                ((TRIAL_ROWS, len(weight)), None),
+                ((TRIAL_ROWS, len(weight)), torch.float64),
+                ((len(weight),), torch.float64),
+            )
+        )
+
+        def theirs(x: torch.Tensor) -> object:
+            return functional_call(module, {"weight": other}, (x,))
+
+        def ours(x: torch.Tensor) -> torch.Tensor:
+            return rms_norm(x, other, eps)
+
+        same = agree(theirs, ours, exact, within=WITHIN) and agree(module, fused, x)
+        return fused if same else None
 
 
 def _fuse_rotary(file: ModuleType, device: torch.device) -> Callable[..., object] | None:

@@ -1,4 +1,8 @@
-"""Whether a way of ours does what a module or function does: asked of both with made-up values."""
+"""Whether a way of ours does what a module or function does: asked of both with made-up values.
+
+In float64, and with made-up weights, where that can be: in half precision, and with the weights
+that a model happens to have, ways that differ can be as close as rounding.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,32 @@ from collections.abc import Callable
 
 import torch
 
+WITHIN = 1e-4
+"""Of the largest, where both compute in float64, or in float32 for a part."""
 
-def made_up(*shape: int, like: torch.Tensor) -> torch.Tensor:
-    """Values in the dtype and on the device of ``like``, the same each time, their mean not 0."""
+
+def made_up(*shape: int, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Values on the device of ``like``, and in its dtype if not said; the same each time.
+
+    Their mean is not 0.
+    """
     count = torch.Size(shape).numel()
     values = torch.arange(count, device=like.device) * 7 % 19 - 4.5
-    return (values / 4).to(like.dtype).reshape(shape)
+    return (values / 4).to(dtype or like.dtype).reshape(shape)
 
 
 @torch.no_grad()
-def agree(theirs: Callable[..., object], ours: Callable[..., object], *trial: torch.Tensor) -> bool:
-    """Whether both give the same for ``trial``, but for rounding."""
+def agree(
+    theirs: Callable[..., object],
+    ours: Callable[..., object],
+    *trial: torch.Tensor,
+    within: float | None = None,
+) -> bool:
+    """Whether both give the same for ``trial``.
+
+    Args:
+        within: of the largest; four roundings if not said.
+    """
     try:
         want, got = theirs(*trial), ours(*trial)
     except (RuntimeError, TypeError, ValueError):  # made for arguments of other kinds
@@ -27,9 +46,13 @@ def agree(theirs: Callable[..., object], ours: Callable[..., object], *trial: to
     return all(
         one.shape == other.shape
         and one.dtype == other.dtype
-        and bool((one - other).abs().max() <= 4 * torch.finfo(one.dtype).eps * one.abs().max())
+        and bool((one - other).abs().max() <= _share(one, within) * one.abs().max())
         for one, other in pairs
     )
+
+
+def _share(x: torch.Tensor, within: float | None) -> float:
+    return 4 * torch.finfo(x.dtype).eps if within is None else within
 
 
 def _tensors(value: object) -> list[torch.Tensor]:
