@@ -102,7 +102,7 @@ def measure_gather(step: Step) -> float:
 
 
 def measure_kernel(step: Step) -> dict[str, Any]:
-    """Our kernel, timed in its own graph, its results checked afterwards."""
+    """Our kernel, timed in a graph whose launches overlap, its results checked afterwards."""
     case, data = step.case, step.data
     workspace = Workspace(case.key, overlap=True)
     workspace.prepare(step.plan, data.storage)

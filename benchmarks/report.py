@@ -359,6 +359,11 @@ def pages(root: Path) -> dict[Path, str]:
     }
 
 
+def _section(title: str, about: str, tables: str) -> str:
+    lines = textwrap.wrap(about, 108, break_on_hyphens=False)
+    return "\n".join([f"## {title}", "", *lines, "", tables])
+
+
 def _generation(cards: list[dict[str, Any]]) -> str:
     about = (
         "`benchmarks/generate.py`: models of well-known shapes with random weights in bf16, "
@@ -368,8 +373,7 @@ def _generation(cards: list[dict[str, Any]]) -> str:
         "every 8 tokens 8 of 64 branches are pruned and 8 forked. Peaks are above the weights and "
         "hold K/V, graphs and logits. Cards are never compared with each other."
     )
-    lines = textwrap.wrap(about, 108, break_on_hyphens=False)
-    return "\n".join(["## Generation", "", *lines, "", generate_tables.docs_text(cards)])
+    return _section("Generation", about, generate_tables.docs_text(cards))
 
 
 def _sampling(result: dict[str, Any] | None) -> str:
@@ -382,8 +386,7 @@ def _sampling(result: dict[str, Any] | None) -> str:
         "once, noise written once, and read where every token may be drawn, at the speed of a "
         "linear read."
     )
-    lines = textwrap.wrap(about, 108, break_on_hyphens=False)
-    return "\n".join(["## Sampling", "", *lines, "", sampling_tables.docs_text(result)])
+    return _section("Sampling", about, sampling_tables.docs_text(result))
 
 
 def _latents(result: dict[str, Any] | None) -> str:
@@ -394,8 +397,7 @@ def _latents(result: dict[str, Any] | None) -> str:
         "steps over latents run. Every way agrees with float64 first (4e-3 ours, 1e-2 the others). "
         "*Dense* gathers and expands the latents of every row; *DynamicCache* has them in rows."
     )
-    lines = textwrap.wrap(about, 108, break_on_hyphens=False)
-    return "\n".join(["## Latents", "", *lines, "", latent_tables.docs_text(result)])
+    return _section("Latents", about, latent_tables.docs_text(result))
 
 
 def _linears(cards: list[dict[str, Any]]) -> str:
@@ -406,8 +408,7 @@ def _linears(cards: list[dict[str, Any]]) -> str:
         "may be no further from float64 than 1.25 × torch's. *Floor*: weights, biases and rows "
         "once, at the speed of a linear read. *A step*: all such layers of the model."
     )
-    lines = textwrap.wrap(about, 108, break_on_hyphens=False)
-    return "\n".join(["## Linear layers", "", *lines, "", linear_tables.docs_text(cards)])
+    return _section("Linear layers", about, linear_tables.docs_text(cards))
 
 
 def _filled(page: Path, results: str) -> str:

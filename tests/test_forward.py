@@ -317,6 +317,16 @@ def test_a_sum_that_no_norm_takes_is_written_before_anyone_reads_it():
     assert torch.equal(last, x + (x + y))
 
 
+def test_a_sum_is_written_where_the_kernel_does_not_serve_its_norm(monkeypatch):
+    module = sys.modules[rms_norm.__module__]
+    monkeypatch.setattr(module, "_serves", lambda x: True)
+    monkeypatch.setattr(module, "MOST_SIZE", 4)
+    first, second, weight = torch.randn(3, 3, 1, 8, dtype=torch.bfloat16)
+    added = Sum(first, second, torch.full_like(first, torch.nan))
+    got = rms_norm(added.out, weight[0, 0], 1e-6, added=added)
+    assert torch.equal(added.out, first + second) and got.isfinite().all()
+
+
 def test_compiled_layers_keep_their_norms_and_their_file():
     model = build("llama")
     layers = [part for layer in model.model.layers for part in layer.modules()]

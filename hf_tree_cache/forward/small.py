@@ -26,7 +26,7 @@ Rotary = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """``first + second``, of one shape, that has still to be written to ``out``."""
+    """``first + second``, of one shape, contiguous, that has still to be written to ``out``."""
 
     first: torch.Tensor
     second: torch.Tensor
@@ -44,12 +44,9 @@ def rms_norm(
     Args:
         added: the sum that ``x`` stands for, if it has not been written; this does.
     """
-    if added is not None and not (
-        _serves(x) and all(part.is_contiguous() for part in (added.first, added.second))
-    ):
-        added.write()
-        added = None
     if not _serves(x) or x.dtype != weight.dtype or len(weight) > MOST_SIZE:
+        if added is not None:
+            added.write()
         return nn.functional.rms_norm(x, weight.shape, weight, eps)
     x = x.contiguous()
     y = torch.empty_like(x)

@@ -30,12 +30,9 @@ class GatedUnits:
     """
 
     def __init__(self, parts: Iterable[nn.Module]) -> None:
-        ours: dict[type[nn.Module], type[nn.Module]] = {}
-        self.units = [
-            (part, type(part), ours.setdefault(type(part), _fuse(type(part))))
-            for part in dict.fromkeys(parts)
-            if _is_gated(part)
-        ]
+        found = [part for part in dict.fromkeys(parts) if _is_gated(part)]
+        ours = {kind: _fuse(kind) for kind in dict.fromkeys(map(type, found))}
+        self.units = [(part, type(part), ours[type(part)]) for part in found]
 
     @contextmanager
     def switched(self) -> Iterator[None]:
