@@ -178,7 +178,8 @@ def with_batching(
     ``generate_batch`` does the same, and then drops all but the first of a prompt's sequences.
 
     Args:
-        graphs: steps from CUDA graphs, padded to 32 tokens a branch.
+        graphs: steps from CUDA graphs, padded to 32 tokens a branch; the likeliest token instead of
+            one that is drawn, as padded rows have no attention: multinomial aborts at their NaN.
         ahead: prepare a step while the last one runs.
     """
     *fast, plain = paged_attentions()
@@ -201,7 +202,7 @@ def _batch(
     ahead: bool,
 ) -> Timeline:
     config = GenerationConfig(
-        do_sample=True,
+        do_sample=not graphs,
         top_k=0,
         eos_token_id=-1,
         pad_token_id=0,
