@@ -202,13 +202,14 @@ def _batch(
     ahead: bool,
 ) -> Timeline:
     config = GenerationConfig(
-        do_sample=not graphs,
+        do_sample=True,
         top_k=0,
         eos_token_id=-1,
         pad_token_id=0,
         num_return_sequences=work.rows,
         max_new_tokens=tokens,
     )
+    config.do_sample = not graphs  # its constructor refuses several sequences without drawing
     # A step reads at most as many tokens as the cache has room for, shared ones once a branch.
     blocks = work.rows * (2 + (work.prompt + tokens) // BATCHING_BLOCK)
     batching = ContinuousBatchingConfig(
