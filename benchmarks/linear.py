@@ -3,7 +3,8 @@
     python benchmarks/linear.py --out benchmarks/results
 
 The layers of benchmarks/shapes.py in bfloat16; those with the same input are one, as decode steps
-compute them: torch multiplies by their joined weight, ours reads its parts. One CUDA graph goes
+compute them: torch multiplies by their joined weight, ours reads its parts. A gated unit is both
+products and what joins them: ours is one launch. One CUDA graph goes
 through copies of a weight that are several times as large as L2, so that it is always read from
 memory; a time is a replay divided by the copies. First the ceiling; then both are compared with
 float64, and ours may be no further from it than torch's. Floor: weights, biases and rows, read and
@@ -45,6 +46,7 @@ LAYERS = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "gated": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
     "head": ("lm_head",),
 }
@@ -93,10 +95,15 @@ class Layer:
             found.append(cls(shape, name, widths, linears[0].in_features, has_bias, count))
         return found
 
+    @property
+    def is_gated(self) -> bool:
+        return self.name == "gated"
+
     def bytes(self, rows: int, itemsize: int) -> int:
         """Read or written by a product."""
         width = sum(self.widths)
-        return itemsize * (width * (self.size + self.has_bias) + rows * (self.size + width))
+        made = self.widths[0] if self.is_gated else width
+        return itemsize * (width * (self.size + self.has_bias) + rows * (self.size + made))
 
 
 @dataclass
@@ -135,22 +142,34 @@ class Copies:
         self.exact = self.x.double() @ self.weights[0].double().T
         if self.biases:
             self.exact += self.biases[0].double()
+        if self.layer.is_gated:
+            self.exact = gate(self.exact)
 
     def ours(self, rows: int) -> Callable[[int], torch.Tensor]:
         x, widths = self.x[:rows], self.layer.widths
         weights = [list(weight.split(widths)) for weight in self.weights]
         biases = [list(bias.split(widths)) for bias in self.biases] or [[]] * len(weights)
+        if self.layer.is_gated:
+            return lambda i: linear.few_rows_gated(x, *weights[i])
         return lambda i: linear.few_rows_linear(x, weights[i], biases[i])
 
     def theirs(self, rows: int) -> Callable[[int], torch.Tensor]:
         x = self.x[:rows]
         biases = self.biases or [None] * len(self.weights)
+        if self.layer.is_gated:
+            return lambda i: gate(F.linear(x, self.weights[i]))
         return lambda i: F.linear(x, self.weights[i], biases[i])
 
     def error_of(self, y: torch.Tensor) -> float:
         """Of the first copy's results."""
         exact = self.exact[: len(y)]
         return float((y.double() - exact).norm() / exact.norm())
+
+
+def gate(y: torch.Tensor) -> torch.Tensor:
+    """silu(first half) * second half."""
+    first, second = y.chunk(2, -1)
+    return F.silu(first) * second
 
 
 def microseconds(run: Callable[[int], object], copies: int) -> dict[str, float]:
@@ -192,7 +211,11 @@ def compile_layer(layer: Layer, rows: Sequence[int], dtype: torch.dtype) -> None
     weights = list(torch.empty(width, layer.size, **options).split(layer.widths))
     biases = list(torch.empty(width, **options).split(layer.widths)) if layer.has_bias else []
     for count in rows:
-        linear.few_rows_linear(torch.empty(count, layer.size, **options), weights, biases)
+        x = torch.empty(count, layer.size, **options)
+        if layer.is_gated:
+            linear.few_rows_gated(x, *weights)
+        else:
+            linear.few_rows_linear(x, weights, biases)
     torch.cuda.synchronize()
 
 

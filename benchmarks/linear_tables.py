@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-TITLES = {"qkv": "Q, K, V", "o": "O", "gate_up": "gate, up", "down": "down", "head": "head"}
+TITLES = {
+    "qkv": "Q, K, V",
+    "o": "O",
+    "gate_up": "gate, up",
+    "gated": "gated unit",
+    "down": "down",
+    "head": "head",
+}
+TWICE = "gate_up"
+"""Part of a gated unit, so not of a step."""
 
 
 def docs_text(cards: list[dict[str, Any]]) -> str:
@@ -56,6 +65,8 @@ def _step(work: dict[str, dict[str, Any]], way: str) -> str:
     """Milliseconds of all layers of a model, if each kind of them was measured."""
     total = 0.0
     for name in TITLES:
+        if name == TWICE:
+            continue
         us = _us(work[name], way) if name in work else None
         if us is None:
             return ""

@@ -60,11 +60,17 @@ def error_of(got, x, weights, biases):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["bf16", "fp16"])
-@pytest.mark.parametrize("rows", [1, 15, 16, 33, MOST_ROWS])
+@pytest.mark.parametrize("rows", [1, 16, 17, 33, MOST_ROWS])
 @pytest.mark.parametrize(
     ("widths", "size"),
-    [((4096, 1024, 1024), 4096), ((28_672,), 896), ((130,), 72), ((40_000, 8), 136)],
-    ids=["Q, K and V", "wide", "odd", "wide and narrow"],
+    [
+        ((4096, 1024, 1024), 4096),
+        ((28_672,), 896),
+        ((130,), 72),
+        ((40_000, 8), 136),
+        ((4096,), 1408),
+    ],
+    ids=["Q, K and V", "wide", "odd", "wide and narrow", "alone"],
 )
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 def test_the_kernel_agrees_with_float64(dtype, rows, widths, size, bias):
@@ -86,7 +92,7 @@ def error_of_gated(got, x, gate, up):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["bf16", "fp16"])
 @pytest.mark.parametrize("rows", [1, 16, 33, MOST_ROWS])
-@pytest.mark.parametrize(("width", "size"), [(14_336, 4096), (130, 72), (4864, 896)])
+@pytest.mark.parametrize(("width", "size"), [(14_336, 4096), (9728, 136), (130, 72), (4864, 896)])
 def test_a_gated_product_agrees_with_float64(dtype, rows, width, size):
     x, weights, _ = draw(rows, (width, width), size, dtype, "cuda", False)
     weights = [weight * size**-0.5 for weight in weights]
@@ -95,16 +101,26 @@ def test_a_gated_product_agrees_with_float64(dtype, rows, width, size):
     assert error_of_gated(got, x, *weights) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("rows", [16, 32, 64])
-@pytest.mark.parametrize("gpu", [Gpu(132, 200 << 10), Gpu(84, 99 << 10), Gpu(16, 64 << 10)])
+@pytest.mark.parametrize("rows", [1, 16, 17, 32, 64])
+@pytest.mark.parametrize(
+    "gpu", [Gpu(132, 200 << 10), Gpu(84, 99 << 10, multiplies_64=False), Gpu(16, 64 << 10)]
+)
 @pytest.mark.parametrize("gated", [False, True])
 def test_tiles_fit_whatever_the_layer(rows, gpu, gated):
     for width in (64, 4096, 6144, 128_256):
         for size in (72, 896, 4096, 14_336):
             tile = choose_tile(rows, width, size, gpu, gated=gated)
-            assert tile.shared_bytes(rows, 1 + gated) <= gpu.shared
+            assert tile.shared_bytes(1 + gated) <= gpu.shared
+            assert tile.rows >= rows and (gpu.multiplies_64 or tile.rows < max(32, 2 * rows))
             assert tile.stages >= 3 and tile.n >= 16 and tile.k >= 64
-    assert choose_tile(16, 4096, 4096, Gpu(132, 200 << 10)) == TILES["alone"][0]
+
+
+def test_tiles_are_of_the_kind_of_layer():
+    gpu = Gpu(132, 200 << 10)
+    for width, kind in ((4096, "alone"), (6144, "large"), (28_672, "wide")):
+        assert choose_tile(16, width, 4096, gpu) == TILES[kind][0]
+    assert choose_tile(33, 14_336, 4096, gpu, gated=True) == TILES["gated"][2]
+    assert choose_tile(33, 9_728, 4096, gpu, gated=True) == TILES["uneven"][2]
 
 
 @pytest.mark.gpu

@@ -26,27 +26,37 @@ AHEAD = 256
 
 
 class Tile(NamedTuple):
-    """Outputs and inputs that a program takes at a time, and how many such steps are on the way."""
+    """What a program takes at a time, and how many such steps are on the way.
 
+    Attributes:
+        rows: of the batch, padded.
+        n: outputs, of each weight.
+        k: inputs.
+    """
+
+    rows: int
     n: int
     k: int
     stages: int
 
-    def shared_bytes(self, rows: int, weights: int = 1) -> int:
-        return (rows + weights * self.n) * self.k * 2 * self.stages
+    def shared_bytes(self, weights: int = 1) -> int:
+        return (self.rows + weights * self.n) * self.k * 2 * self.stages
 
 
 TILES = {
     # for up to 16, 32 and 64 rows; measured on an H200, see docs/log.md
-    "alone": (Tile(32, 256, 6), Tile(32, 256, 5), Tile(32, 128, 6)),
-    "narrow": (Tile(32, 128, 5), Tile(32, 128, 5), Tile(32, 128, 4)),
-    "wide": (Tile(128, 128, 3), Tile(128, 128, 3), Tile(128, 64, 4)),
-    "gated": (Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
+    "alone": (Tile(16, 32, 256, 5), Tile(64, 32, 128, 6), Tile(64, 32, 128, 6)),
+    "large": (Tile(16, 64, 128, 6), Tile(64, 64, 128, 6), Tile(64, 64, 128, 6)),
+    "wide": (Tile(16, 128, 128, 5), Tile(32, 128, 128, 4), Tile(64, 128, 128, 4)),
+    "gated": (Tile(16, 64, 128, 5), Tile(32, 64, 128, 4), Tile(64, 64, 128, 4)),
+    "uneven": (Tile(16, 64, 64, 4), Tile(32, 64, 64, 4), Tile(64, 64, 64, 4)),
 }
-"""By width: a program to a multiprocessor at most, a few, or so many that all are busy."""
+"""By kind of layer: a program of 32, or of 64, outputs to a multiprocessor at most; more. Gated
+ones, and those of them that would keep only some multiprocessors busy a second time, so that two
+programs must fit one."""
 
-NARROW = 512
-"""Programs up to which a layer is narrow."""
+UNEVEN = 1.5
+"""Programs to a multiprocessor, up to which a second wave is mostly idle."""
 
 FEW_STAGES = 3
 
@@ -117,10 +127,9 @@ def _launch(
     size = weights[0].shape[1]
     rows = x.reshape(-1, size)
     widths = [len(weight) for weight in weights]
-    padded = max(16, 1 << (len(rows) - 1).bit_length())
     if gated:
         widths[1] = 0
-    tile = choose_tile(padded, sum(widths), size, _gpu(x.device), gated=gated)
+    tile = choose_tile(len(rows), sum(widths), size, _gpu(x.device), gated=gated)
     missing = MOST_WEIGHTS - len(weights)
     w = weights + [weights[0]] * missing
     b = (biases + [biases[0]] * missing) if biases else w
@@ -136,7 +145,7 @@ def _launch(
             len(rows),
             *n,
             K=size,
-            ROWS=padded,
+            ROWS=tile.rows,
             TILE_N=tile.n,
             TILE_K=tile.k,
             STAGES=tile.stages,
@@ -151,25 +160,37 @@ def _launch(
 
 
 class Gpu(NamedTuple):
-    """Multiprocessors, and bytes of shared memory that a program may have."""
+    """What tiles depend on.
+
+    Attributes:
+        processors: multiprocessors.
+        shared: bytes of shared memory that a program may have.
+        multiplies_64: it has products of 64 rows, which cost no more than those of 32.
+    """
 
     processors: int
     shared: int
+    multiplies_64: bool = True
 
 
 def choose_tile(rows: int, width: int, size: int, gpu: Gpu, *, gated: bool = False) -> Tile:
-    """For ``rows`` (16, 32 or 64), ``width`` outputs and ``size`` inputs."""
+    """For 1 to :data:`MOST_ROWS` rows, ``width`` outputs and ``size`` inputs."""
+    alone, large = TILES["alone"][0].n, TILES["large"][0].n
     if gated:
-        kind = "gated"
-    elif width <= NARROW * TILES["narrow"][0].n:
-        kind = "alone" if width <= gpu.processors * TILES["alone"][0].n else "narrow"
+        programs = -(-width // TILES["gated"][0].n)
+        is_uneven = gpu.processors < programs <= UNEVEN * gpu.processors
+        kind = "uneven" if is_uneven else "gated"
+    elif width <= gpu.processors * large:
+        kind = "alone" if width <= gpu.processors * alone else "large"
     else:
         kind = "wide"
-    tile = TILES[kind][{16: 0, 32: 1, 64: 2}[rows]]
+    padded = max(16, 1 << (rows - 1).bit_length())
+    tile = TILES[kind][{16: 0, 32: 1, 64: 2}[padded]]
+    if not gpu.multiplies_64:
+        tile = tile._replace(rows=padded)
     while tile.k > 64 and size % tile.k:
-        tile = Tile(tile.n, tile.k // 2, tile.stages)
-    weights = 1 + gated
-    while tile.shared_bytes(rows, weights) > gpu.shared:
+        tile = tile._replace(k=tile.k // 2)
+    while tile.shared_bytes(1 + gated) > gpu.shared:
         if tile.stages > FEW_STAGES:
             tile = tile._replace(stages=tile.stages - 1)
         elif tile.k > 64:
@@ -185,7 +206,8 @@ def _gpu(device: torch.device) -> Gpu:
         return Gpu(132, MOST_SHARED)
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", 48 << 10)
-    return Gpu(properties.multi_processor_count, min(MOST_SHARED, shared))
+    is_hopper = properties.major == 9
+    return Gpu(properties.multi_processor_count, min(MOST_SHARED, shared), is_hopper)
 
 
 @few_rows_linear.register_fake
