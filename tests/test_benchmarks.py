@@ -165,10 +165,12 @@ def test_linear_layers_weigh_what_they_are_known_by() -> None:
         "qkv": 2 * 6_144 * 4_096,
         "o": 2 * 4_096 * 4_096,
         "gate_up": 2 * 28_672 * 4_096,
+        "gated": 2 * 28_672 * 4_096,
         "down": 2 * 4_096 * 14_336,
         "head": 2 * 128_256 * 4_096,
     }
-    assert [each.count for each in layers.values()] == [32, 32, 32, 32, 1]
+    assert [each.count for each in layers.values()] == [32, 32, 32, 32, 32, 1]
+    assert layers["gated"].bytes(1, 2) == 2 * (28_672 * 4_096 + 4_096 + 14_336)
     qkv, *others = linear.Layer.of("32B")
     assert qkv.widths == (5_120, 1_024, 1_024) and qkv.has_bias
     assert not any(each.has_bias for each in others)
@@ -210,14 +212,17 @@ def test_the_table_of_linear_layers_says_where_we_lose_and_what_is_missing() -> 
         work = {"shape": "8B", "layer": layer, "rows": 16, "count": count, "floor_us": 10.0}
         return work | times
 
-    rows = [row(name, 16.0, 32) for name in ("qkv", "o", "gate_up")] + [row("head", 25.0, 1)]
+    rows = [row(name, 16.0, 32) for name in ("qkv", "o", "gate_up", "gated")]
+    rows.append(row("head", 25.0, 1))
     left_out = {"shape": "8B", "layer": "down", "rows": 16, "left_out": "no time left"}
     where = {"gpu": "NVIDIA H200", "gpu_driver": "580", "torch": "2", "triton": "3", "commit": "c"}
     result = {"rows": rows, "environment": where, "linear_read_tb_s": 4.5}
     text = linear_tables.docs_text([result | {"rows": [*rows, left_out]}])
     ours = "**16.0** (1.25 ×)"
     lost = "**25.0** (**we lose: 1.25 × longer**)"
-    assert f"| 8B | 16 | ours | {ours} | {ours} | {ours} | no time left | {lost} |  |" in text
+    assert (
+        f"| 8B | 16 | ours | {ours} | {ours} | {ours} | {ours} | no time left | {lost} |  |" in text
+    )
     text = linear_tables.docs_text([result | {"rows": [*rows, row("down", 16.0, 32)]}])
     assert text.splitlines()[-3].endswith("| 10.0 | 1.29 |")
     assert text.splitlines()[-1].endswith(f"| {lost} | 2.07 |")
