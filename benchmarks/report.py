@@ -404,7 +404,8 @@ def _linears(cards: list[dict[str, Any]]) -> str:
     about = (
         "`benchmarks/linear.py`: linear layers of a decode step in bf16, µs a product, beside "
         "torch (cuBLAS). Layers with the same input are one product, in torch of their joined "
-        "weight. A CUDA graph goes through copies that are several times as large as L2. Results "
+        "weight; a gated unit is gate, up and what joins them, two kernels more in torch. A CUDA "
+        "graph goes through copies that are several times as large as L2. Results "
         "may be no further from float64 than 1.25 × torch's. *Floor*: weights, biases and rows "
         "once, at the speed of a linear read. *A step*: all such layers of the model."
     )
