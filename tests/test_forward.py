@@ -119,6 +119,9 @@ def test_tiles_are_of_the_kind_of_layer():
     gpu = Gpu(132, 200 << 10)
     for width, kind in ((4096, "alone"), (6144, "large"), (28_672, "wide")):
         assert choose_tile(16, width, 4096, gpu) == TILES[kind][0]
+    # 32 rows cost as much as 64 where products have 64.
+    assert choose_tile(17, 4096, 4096, gpu).rows == 64
+    assert choose_tile(17, 4096, 4096, gpu._replace(multiplies_64=False)).rows == 32
     assert choose_tile(33, 14_336, 4096, gpu, gated=True) == TILES["gated"][2]
     assert choose_tile(33, 9_728, 4096, gpu, gated=True) == TILES["uneven"][2]
 
