@@ -149,6 +149,18 @@ def test_a_fixed_workspace_launches_the_same_kernel_at_the_same_addresses(
     assert {len(known) for known in launches.values()} == {1}
 
 
+@pytest.mark.parametrize(
+    ("arch", "version", "fixed"),
+    [("sm_100", (3, 7), False), ("sm_100", (3, 8), True), ("sm_90", (3, 6), True)],
+)
+def test_a_running_maximum_is_kept_where_triton_needs_it(
+    arch: str, version: tuple[int, int], fixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_arch", lambda device: arch)
+    monkeypatch.setattr(launch, "_triton_version", lambda: version)
+    assert Family(BF16, (128, 128), 4, 16).workspace("cpu")._is_fixed is fixed
+
+
 def test_layers_of_one_kind_share_buffers_and_a_copied_plan_has_none(recorder: Recorder) -> None:
     family = Family(FP32, (32, 32), 4, 16, fixed=False)
     call = make_call(family, 1, "cpu")

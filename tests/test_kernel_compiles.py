@@ -99,7 +99,7 @@ def sample() -> Iterator[Variant]:
     """Each architecture, dtype, head dim, kind and feature at least once."""
     dtypes, kinds = (BF16, FP16, FP32), list(KINDS)
     # The others' largest kernel comes below; sm_86 and sm_89 have the tiles of sm_120.
-    for arch in ("sm_80", "gfx942"):
+    for arch in ("sm_80", "sm_100", "gfx942"):
         yield make(arch, BF16, (128, 128), "mixed")
     for i, arch in enumerate(LIMITS):
         for j, dims in enumerate(HEAD_DIMS):

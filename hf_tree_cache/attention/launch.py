@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import triton
 from triton import knobs
 
 from ..memory.growth import Grown
@@ -26,6 +27,9 @@ from .tiles import Key, TileSet, tiles_for, tune_once
 
 LOG2E = math.log2(math.e)
 WINDOW_KINDS = {"sliding": 1, "chunked": 2}
+TENSOR_MEMORY = {"sm_100", "sm_101", "sm_103", "sm_110"}
+"""Architectures whose products add up in memory of their own."""
+
 SYNC_HEAD = 3
 """Counters before the flags, see ``p_sync`` of the kernel."""
 
@@ -347,11 +351,13 @@ class Workspace:
 
         Powers of 2 as they come do not fit in float16, and float32 has no tensor cores to keep
         busy; in the interpreter it stands for bfloat16. Where a query has to be done again, so are
-        those beside it, which is not deterministic.
+        those beside it, which is not deterministic. Triton before 3.8 fails to compile it for
+        Blackwell's data centre GPUs.
         """
         dtype, arch = self.key.spec.dtype, _arch(self.key.spec.device)
         fits = dtype == torch.bfloat16 or (arch == "interpreter" and dtype == torch.float32)
-        return fits and not self.key.deterministic
+        fails = arch in TENSOR_MEMORY and _triton_version() < (3, 8)
+        return fits and not fails and not self.key.deterministic
 
     @property
     def _split(self) -> bool:
@@ -463,6 +469,12 @@ def _shared_bytes(device: torch.device) -> int | None:
     # AMD has no larger size to opt in to.
     least = properties.shared_memory_per_block
     return getattr(properties, "shared_memory_per_block_optin", least)
+
+@cache
+def _triton_version() -> tuple[int, int]:
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
 
 
 @cache
