@@ -34,6 +34,7 @@ KINDS = {
     "small with merges": (True, False, True),
     "deterministic": (False, True, True),
 }
+MANY_MERGES = "many merges"
 FEATURES: dict[str, dict[str, Any]] = {
     "a sliding window": {"window": Window("sliding", 300)},
     "a chunked window": {"window": Window("chunked", 300)},
@@ -46,6 +47,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "group 16": {"group": 16},
     "blocks of 4": {"block_size": 4},
     "3 new tokens": {"num_new": (3,)},
+    MANY_MERGES: {},
 }
 OVERLAPPING = ("sm_90", "sm_100", "sm_120")
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
@@ -145,7 +147,8 @@ def arguments_of(
     # What the user of this machine tuned is another matter.
     patch.setenv(TILES_VARIABLE, os.devnull + "/none")
     patch.setattr(launch, "_arch", lambda device: variant.arch)
-    patch.setattr(launch, "_num_sms", lambda device: 132)
+    num_sms = 1 if variant.feature == MANY_MERGES else 132
+    patch.setattr(launch, "_num_sms", lambda device: num_sms)
     workspace = family.workspace("cpu")
     workspace.overlap = variant.arch in OVERLAPPING
     call = call_over(family, grown, "cpu")

@@ -128,10 +128,19 @@ class Workspace:
         self._part_dtype = torch.float32 if wide else torch.float16
         self._make_parts(1, 1, 1)
 
-    def prepare(self, plan: TreeAttentionPlan, storage: KVStorage, *, reset: bool = True) -> None:
+    def prepare(
+        self,
+        plan: TreeAttentionPlan,
+        storage: KVStorage,
+        *,
+        num_merged: int = 0,
+        reset: bool = True,
+    ) -> None:
         """Make the buffers those of ``plan``; does nothing the second time.
 
         Args:
+            num_merged: of a fixed launch, queries that its merges are shaped for. What was captured
+                for one number is launched for the same.
             reset: also :meth:`reset`, which may as well be captured with the launches.
         """
         if self._last is not None and self._last.plan() is plan:
@@ -143,7 +152,7 @@ class Workspace:
             assert plan.grown is not None
             self._grow(plan.grown, steps, storage)
         else:
-            self._rebuild(plan, storage)
+            self._rebuild(plan, storage, num_merged)
         if reset:
             self.reset()
         self._last = now
@@ -283,7 +292,7 @@ class Workspace:
         now, then, each = self._growing
         torch.add(then, each, alpha=grown.tokens - self._begun, out=now)
 
-    def _rebuild(self, plan: TreeAttentionPlan, storage: KVStorage) -> None:
+    def _rebuild(self, plan: TreeAttentionPlan, storage: KVStorage, num_merged: int) -> None:
         plan.check_fresh()
         one_class = self.fixed or self.key.deterministic
         work = schedule(
@@ -293,7 +302,7 @@ class Workspace:
             num_kv_heads=self.key.spec.num_kv_heads,
             num_sms=_num_sms(self.key.spec.device),
             window=self.key.window,
-            fixed=self.fixed,
+            num_merged=num_merged if self.fixed else None,
             small_tiles=None if one_class else self._set.small,
         )
         self.work, self.tiles = work, work.tiles
@@ -462,6 +471,12 @@ def _arch(device: torch.device) -> str:
 
 
 @cache
+def _triton_version() -> tuple[int, int]:
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+@cache
 def _shared_bytes(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
@@ -469,12 +484,6 @@ def _shared_bytes(device: torch.device) -> int | None:
     # AMD has no larger size to opt in to.
     least = properties.shared_memory_per_block
     return getattr(properties, "shared_memory_per_block_optin", least)
-
-@cache
-def _triton_version() -> tuple[int, int]:
-    major, minor = triton.__version__.split(".")[:2]
-    return int(major), int(minor)
-
 
 
 @cache

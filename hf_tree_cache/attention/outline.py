@@ -353,17 +353,15 @@ class _Outline:
             extra += large_cost if high - low > small else 1.0
             if high - low > width:
                 width, widest = high - low, part
-        if b - a <= small or (large_cost if width > small else 1.0) == own:
-            self._follow(segment, widest, parts, lone)
-            return
+        same = (large_cost if width > small else 1.0) == own
         tokens = segment.num_blocks * self.size
-        if segment.members or extra * tokens >= self.item_cost * own:
-            self._close(segment, a, b)
-            segment = None
-        self._hand_all(parts, lone, segment)
+        if same or segment.members or extra * tokens >= self.item_cost * own:
+            self._follow(segment, widest, parts, lone)
+        else:
+            self._hand_all(parts, lone, segment)
 
     def _follow(self, segment: Segment, widest: Way, parts: list[Way], lone: range) -> None:
-        """Go on with most of the queries where that costs no more than to end: no new item."""
+        """Go on with most of the queries, and let the others leave: no new item."""
         if not parts:
             lone = lone[1:]
         tokens = segment.num_blocks * self.size

@@ -6,8 +6,11 @@ and a query with several items has its parts merged by a merge item.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from heapq import heapify, heapreplace
+from math import log2
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +43,9 @@ MOST_SIMULATED = 128
 
 CLOSE = 1.03
 """A cut is as good as the best if the model ends it within this factor."""
+
+MERGES_PER_SM = 4
+"""Merge programs, if there are so many queries: with more, some wait for others to end."""
 
 LIST_PADDING = 64
 """Numbers behind the list: the kernel loads those of the next tiles ahead."""
@@ -101,7 +107,7 @@ def schedule(
     num_kv_heads: int,
     num_sms: int,
     window: Window | None = None,
-    fixed: bool = False,
+    num_merged: int | None = None,
     small_tiles: Tiles | None = None,
 ) -> WorkList:
     """Cut the attention of one forward into items.
@@ -110,7 +116,7 @@ def schedule(
         group_size: G, query heads of a K/V head.
         num_sms: multiprocessors that share the work.
         window: tokens that no query sees any more are left out.
-        fixed: merges have the same shape whatever the plan.
+        num_merged: queries that merges are shaped for; default those that have parts to merge.
         small_tiles: take these instead where nothing is shared by more than a small tile.
     """
     segments = find_segments(plan, tiles, group_size=group_size, window=window)
@@ -119,7 +125,8 @@ def schedule(
         tiles = small_tiles
     steps = _chunk_tokens(segments, tiles, group_size, num_sms / num_kv_heads, plan.block_size)
     items = _Items.of(segments, steps, tiles, group_size)
-    return _work_list(plan, segments, items, tiles, group_size, fixed)
+    shape = partial(_merge_shape, tiles, group_size, num_sms / num_kv_heads)
+    return _work_list(plan, segments, items, tiles, group_size, shape, num_merged)
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,13 +296,29 @@ def _makespan(
     return end
 
 
+def _merge_shape(
+    tiles: Tiles, group_size: int, sms_per_head: float, num_queries: int
+) -> tuple[int, int]:
+    """Rows, and parts of each, that a merge loads at a time; all heads of a query together."""
+    rows, values = tiles.merge_rows, tiles.merge_rows * tiles.merge_parts
+    heads = 1 << (group_size - 1).bit_length()
+    if not tiles.deterministic:
+        # So many queries that the merges are about MERGES_PER_SM, with two parts at least.
+        each = max(1.0, num_queries / (MERGES_PER_SM * sms_per_head))
+        most = min(values // 2, tiles.m_large)
+        rows = max(rows, min(heads << round(log2(each)), most))
+    rows = max(rows, heads)
+    return rows, max(1, values // rows)
+
+
 def _work_list(
     plan: TreeAttentionPlan,
     segments: Segments,
     items: _Items,
     tiles: Tiles,
     group_size: int,
-    fixed: bool,
+    merge_shape: Callable[[int], tuple[int, int]],
+    num_merged: int | None,
 ) -> WorkList:
     """Order the items, give slots to parts, add blanks and merges, write the records."""
     size, num_queries = plan.block_size, plan.num_rows * plan.num_new
@@ -325,13 +348,7 @@ def _work_list(
     width = tiles.m_large // group_size
     small = width if tiles.deterministic else tiles.m_small // group_size
     idle, merged = (num_seen == 0).nonzero()[0], num_parts.nonzero()[0]
-    merge_rows, merge_parts = tiles.merge_rows, tiles.merge_parts
-    adapts = not (fixed or tiles.deterministic)
-    if adapts and 2 * num_parts.max(initial=0) <= merge_parts:
-        merge_rows, merge_parts = 2 * merge_rows, merge_parts // 2
-    # A query's heads are merged together; what is loaded at a time stays as much.
-    while merge_rows < group_size:
-        merge_rows, merge_parts = 2 * merge_rows, max(1, merge_parts // 2)
+    merge_rows, merge_parts = merge_shape(len(merged) if num_merged is None else num_merged)
     num_blanks, num_merges = -(-len(idle) // small), -(-len(merged) // (merge_rows // group_size))
     num_work = len(order) + num_blanks
     records = np.zeros((num_work + num_merges, FIELDS + 2 * width), np.int32)

@@ -30,8 +30,8 @@ class Tiles:
         num_warps: warps of a program.
         max_registers: of a thread; 0 leaves it to the compiler.
         programs_per_sm: resident at a time, with these registers and stages.
-        merge_rows, merge_parts: queries x heads, and parts, that a merge loads at a time; twice and
-            half of that where no query has many parts, or for a group of more heads than rows.
+        merge_rows, merge_parts: queries x heads, and parts, that a merge loads at a time; more rows
+            and fewer parts where there are many queries, or a group has more heads than that.
         waves: about how many times over the programs of split work should fill the GPU.
         min_chunk: tokens below which work is not split.
         item_cost: what starting an item costs, in tokens of the small class.

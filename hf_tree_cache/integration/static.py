@@ -48,7 +48,7 @@ class StaticDecode:
         padded = replace(step, counts=[1] * bucket, padding_known=True)
         self._current = _Current(step, padded, list(storages), bucket)
         for (i, _), reader in self._readers.items():
-            reader.workspace.prepare(step.plan, storages[i], reset=False)
+            reader.workspace.prepare(step.plan, storages[i], num_merged=bucket, reset=False)
             self._moves += reader.room_for(bucket)
 
     def reset(self) -> None:
@@ -128,7 +128,8 @@ class StaticDecode:
             if key.spec.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise NotCapturable("a layer attends in a way that it did not before")
             reader = self._readers[index, key] = _Reader(key)
-            reader.workspace.prepare(now.step.plan, now.storages[index])
+            plan, storage = now.step.plan, now.storages[index]
+            reader.workspace.prepare(plan, storage, num_merged=now.bucket)
             reader.room_for(now.bucket)
         return reader
 
