@@ -24,7 +24,7 @@ from hf_tree_cache.memory.storage import KVSpec, KVStorage, SlabIndex
 OUT_TOLERANCES = {torch.bfloat16: 3e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 """Of the Frobenius norm, relative to float64 on the same rounded inputs."""
 
-LSE_TOLERANCES = {torch.bfloat16: 1e-3, torch.float16: 1e-3, torch.float32: 1e-5}
+LSE_TOLERANCES = {torch.bfloat16: 3e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 """Of each value, relative where it exceeds 1."""
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}

@@ -35,7 +35,7 @@ from hf_tree_cache.attention.dispatch import run_tree_attention
 from hf_tree_cache.attention.outline import FIXED_CHUNK, GROWTH_TOKENS
 from hf_tree_cache.attention.plan import Window, build_plan
 from hf_tree_cache.attention.reference import tree_attention_reference
-from hf_tree_cache.attention.schedule import MERGE, schedule
+from hf_tree_cache.attention.schedule import LARGE, MERGE, schedule
 from hf_tree_cache.attention.tiles import Tiles, TileSet
 from hf_tree_cache.errors import InvalidArgument
 from hf_tree_cache.memory.storage import KVSpec, KVStorage, SlabIndex
@@ -395,6 +395,24 @@ def test_a_tree_agrees_while_it_grows_and_branches(family: Family) -> None:
         assert complaint is None, f"step {step}: {complaint}"
         kept += workspace.work is before
     assert kept > 40 if family.num_new == (1,) else kept == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", [4, 8])
+def test_many_branches_agree_while_they_grow(group: int) -> None:
+    """Large items go on with one branch, and merges take several queries."""
+    family = Family(BF16, (128, 128), group, 16, num_kv_heads=8, fixed=True)
+    call = call_over(family, grow(ShadowTree(16), [500], " ".join("0" * 300), [30] * 300), "cuda")
+    workspace = family.workspace("cuda")
+    for step in range(40):
+        call = append(call, [1] * 300)
+        workspace.prepare(call.plan, call.storage, num_merged=300)
+        if step % 8 == 0:
+            complaint = call.complain(call.attend(workspace))
+            assert complaint is None, f"step {step}: {complaint}"
+    work = workspace.work
+    assert work is not None and work.merge_rows > 8
+    assert (work.grows.astype(bool) & (work.items[:, 0] == LARGE)).any()
 
 
 @pytest.mark.gpu

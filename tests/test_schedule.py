@@ -14,7 +14,7 @@ import pytest
 import torch
 from trees import SHAPES, Grown, ShadowTree, grow_randomly
 
-from hf_tree_cache.attention.outline import FIXED_CHUNK, GROWTH_TOKENS, UNLIMITED
+from hf_tree_cache.attention.outline import FIXED_CHUNK, GROWTH_TOKENS, MANY_QUERIES, UNLIMITED
 from hf_tree_cache.attention.plan import TreeAttentionPlan, Window, build_plan
 from hf_tree_cache.attention.schedule import FIELDS, LARGE, MERGE, SMALL, WorkList, schedule
 from hf_tree_cache.attention.tiles import Tiles, TileSet
@@ -377,6 +377,7 @@ def test_the_list_of_256_branches_grows_with_the_rows_and_not_with_rows_times_to
     work = schedule(plan, Tiles(), group_size=4, num_kv_heads=8, num_sms=132)
     items = read_items(work, 16)
     check_items(items, work, shadow, plan, Tiles(), 4, None)
+    assert sum(i.kind == LARGE and UNLIMITED in i.limits for i in items) == 16, "none goes on"
     tile = Tiles().m_large // 4
     room = -(-GROWTH_TOKENS // 16) + 2
     assert len(work.blocks) < (256 // tile + 1) * 8000 // 16 + 256 * room + 128
@@ -514,14 +515,15 @@ def test_a_list_of_remembered_subtrees_is_the_one_made_from_nothing(wide: bool) 
                 shadow.append(counts)
                 plan = build_plan(shadow.tree, counts, 1, plan)
             for tiles, group in kinds:
-                known = dict(plan.families.get((tiles, group), {}))
+                kind = tiles, group, len(counts) > MANY_QUERIES
+                known = dict(plan.families.get(kind, {}))
                 options = {"group_size": group, "num_kv_heads": 2, "num_sms": 20}
                 fresh = schedule(build_plan(shadow.tree, counts, 1), tiles, **options)
                 work = schedule(plan, tiles, **options)
                 for name in WorkList.__slots__:
                     mine, theirs = getattr(work, name), getattr(fresh, name)
                     assert np.array_equal(mine, theirs), f"{name}, tree {seed}"
-                families = plan.families[tiles, group]
+                families = plan.families[kind]
                 held += sum(known.get(node) is family for node, family in families.items())
                 walked += sum(known.get(node) is not family for node, family in families.items())
         check_items(
@@ -536,10 +538,9 @@ def test_a_remembered_subtree_whose_first_node_takes_in_its_parent_is_walked_aga
     shadow.append([64, 64])
     shadow.select([0] * 40 + [1] * 40)
     shadow.append([100] + [1] * 79)
-    # The wider of two goes on with its parent's segment; alone, the other does.
-    shadow.select([0, 0, 1, 1, 1, *range(2, 80)])
+    shadow.select([0, *range(80)])
     plan, starts = None, []
-    for rows in ([*range(83)], [0, 1, *range(43, 83)]):
+    for rows in ([*range(81)], [0, 1, *range(41, 81)]):
         shadow.select(rows)
         counts = [1] * len(rows)
         shadow.append(counts)
@@ -806,14 +807,12 @@ def test_the_example_in_the_docs() -> None:
     tiles = Tiles(max_registers=168, programs_per_sm=3)
     work = schedule(plan, tiles, group_size=4, num_kv_heads=8, num_sms=132)
     kinds, _, starts, counts, slots, full = work.items[:, :6].T.tolist()
-    assert kinds == [1, 1] + [0] * 5 + [2, 2, 2]
-    assert starts[:7] == [0, 192] + [288] * 5
-    assert counts == [6, 6] + [1] * 5 + [2, 2, 2]
-    assert slots[:7] == [0, 6, 12, 13, 14, 15, 16]
-    assert full[:7] == [192, 96] + [53] * 5
-    assert work.tokens[:7].tolist() == [192, 149] + [53] * 5
-    assert work.grows.tolist() == [0] + [1] * 6 + [0] * 3
-    assert work.part_ptr.tolist() == [0, 2, 5, 8, 11, 14, 17]
-    assert work.items[:2, FIELDS : FIELDS + 6].tolist() == [[1, 2, 3, 4, 5, 0]] * 2
-    assert work.part_slots.tolist() == [5, 11, 0, 6, 12, 1, 7, 13, 2, 8, 14, 3, 9, 15, 4, 10, 16]
+    assert kinds == [1, 1] + [0] * 6 + [2, 2, 2]
+    assert starts[:8] == [0, 192] + [288] * 6
+    assert counts == [6, 6] + [1] * 6 + [2, 2, 2]
+    assert slots[:8] == [0, 6, 12, 13, 14, 15, 16, 17]
+    assert full[:8] == [192, 96] + [53] * 6
+    assert work.tokens[:8].tolist() == [192, 96] + [53] * 6
+    assert work.grows.tolist() == [0, 0] + [1] * 6 + [0] * 3
+    assert work.part_slots[:12].tolist() == [0, 6, 12, 1, 7, 13, 2, 8, 14, 3, 9, 15]
     assert plan.num_rows * 341 == 2046 and int(work.tokens.sum()) == 606

@@ -57,10 +57,11 @@ def _accumulate(
         b_p = tl.math.exp2(b_s * qk_scale - b_max[:, None])
         if MASKED:
             b_p = tl.where(m_seen, b_p, 0.0)
-        b_sum += tl.sum(b_p, 1)
         if ROUNDED:
             # As the product has them: the largest is not exact, as it is relative to a maximum.
             b_norm = tl.dot(b_p.to(b_v.dtype), b_ones, b_norm)
+        else:
+            b_sum += tl.sum(b_p, 1)
     else:
         if MASKED:
             b_s = tl.where(m_seen, b_s, float("-inf"))
@@ -182,8 +183,7 @@ def _attend(
         b_id = b_next
         b_id_v = b_next_v
     if ROUNDED:
-        b_all = tl.max(b_norm, 1)  # of equals
-        b_acc = b_acc * tl.where(b_all == 0, 0.0, b_sum / b_all)[:, None]
+        b_sum = tl.max(b_norm, 1)  # of equals
     return b_acc, b_max, b_sum
 
 

@@ -31,6 +31,9 @@ UNLIMITED = 1 << 30
 GROWTH_TOKENS = 256
 """Tokens that a row may grow by before its work is cut anew."""
 
+MANY_QUERIES = 128
+"""Queries above which items are saved wherever that costs less than it saves."""
+
 FAMILY = 32
 """Rows of the largest subtree that is remembered from one plan to the next as long as it stays."""
 
@@ -78,8 +81,11 @@ def find_segments(
         group_size: G, query heads of a K/V head.
         window: tokens that no query sees any more are skipped.
     """
-    families = plan.families.setdefault((tiles, group_size), {})
-    outline = _Outline(plan, tiles, group_size, families)
+    many = plan.num_rows * plan.num_new > MANY_QUERIES
+    # What is remembered depends on how it was made.
+    plan.families.pop((tiles, group_size, not many), None)
+    families = plan.families.setdefault((tiles, group_size, many), {})
+    outline = _Outline(plan, tiles, group_size, families, many)
     outline.walk()
     return _to_arrays(outline, plan, window, tiles.deterministic)
 
@@ -116,6 +122,8 @@ class _Outline:
 
     Args:
         families: what was known of them after the last plan, by their first nodes; then after this.
+        many: whether there are so many queries that items fill the GPU several times: the fewer the
+            better. Else a long item would be the last to end.
 
     Attributes:
         parts: what was collected, families after what is above them.
@@ -127,6 +135,7 @@ class _Outline:
         tiles: Tiles,
         group_size: int,
         families: dict[Node, Family],
+        many: bool,
     ) -> None:
         self.plan = plan
         self.size = plan.block_size
@@ -141,6 +150,7 @@ class _Outline:
         self.single = plan.grown is not None or set(plan.counts) == {1}
         self.parts: list[Part] = []
         self._families = families
+        self._many = many
         self._begin = 0
         self._heads: list[tuple[Node, Segment | None]] | None = None  # of families, if any may be
         self.room = array("i", bytes(4 * -(-GROWTH_TOKENS // self.size)))
@@ -353,12 +363,17 @@ class _Outline:
             extra += large_cost if high - low > small else 1.0
             if high - low > width:
                 width, widest = high - low, part
-        same = (large_cost if width > small else 1.0) == own
+        if (large_cost if width > small else 1.0) == own:
+            self._follow(segment, widest, parts, lone)
+            return
         tokens = segment.num_blocks * self.size
-        if same or segment.members or extra * tokens >= self.item_cost * own:
+        if not segment.members and extra * tokens < self.item_cost * own:
+            self._hand_all(parts, lone, segment)
+        elif self._many:
             self._follow(segment, widest, parts, lone)
         else:
-            self._hand_all(parts, lone, segment)
+            self._close(segment, a, b)
+            self._hand_all(parts, lone, None)
 
     def _follow(self, segment: Segment, widest: Way, parts: list[Way], lone: range) -> None:
         """Go on with most of the queries, and let the others leave: no new item."""
