@@ -99,7 +99,7 @@ def measure(model: PreTrainedModel, way: Way, work: Workload) -> dict[str, Any]:
 def floor_ms(model: PreTrainedModel, work: Workload, tokens: int, bandwidth: float) -> float:
     """What a step in the middle of ``tokens`` must read, over the bandwidth in TB/s."""
     unique = (work.prompt + work.rows * tokens // 2) * token_bytes(model.config)
-    return 1e-9 * (bytes_read(model) + unique) / bandwidth
+    return 1e-9 * (bytes_read(model, work.rows) + unique) / bandwidth
 
 
 def fits(model: PreTrainedModel, way: Way, work: Workload) -> bool:

@@ -142,11 +142,16 @@ def build(name: str, device: str = "cuda") -> PreTrainedModel:
     return model.eval()
 
 
-def bytes_read(model: PreTrainedModel) -> int:
-    """Bytes of weights that a decode step must read, if all rows choose the same experts."""
+def bytes_read(model: PreTrainedModel, rows: int) -> int:
+    """Bytes of weights that a decode step must read; of experts those that some row likely hits.
+
+    Each row is taken to choose its experts evenly, whatever the others choose.
+    """
     embedding = model.get_input_embeddings().weight
     experts = getattr(model.config, "num_experts", 0)
-    chosen = model.config.num_experts_per_tok / experts if experts else 1.0
+    chosen = 1.0
+    if experts:
+        chosen -= (1.0 - model.config.num_experts_per_tok / experts) ** rows
     total = 0.0
     for name, parameter in model.named_parameters():
         if parameter is embedding and not model.config.tie_word_embeddings:

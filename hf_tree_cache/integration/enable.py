@@ -20,6 +20,7 @@ from . import latent
 from .adapters import active_adapters
 from .attention import NAME
 from .cache import TreeCache
+from .experts import with_grouped_experts
 from .prepare import Collapsed, Forward, expand_output
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def enable_tree_attention(
     - A bare ``TreeCache()`` is configured from the model at its first forward.
     - A forward that fails leaves the cache as it was.
     - On a CUDA GPU, decode steps are replayed from CUDA graphs where the model allows it.
+    - While it decodes there, sparse experts in bfloat16 keep their grouped products.
     - A cache that was filled under other PEFT adapters is refused.
 
     Models that do not use transformers' attention interface (bloom, falcon, gptj, ...) keep their
@@ -121,6 +123,9 @@ class EnabledTreeAttention:
             self.graphs = graphs.stats
             model.forward = _with_graphs(model.forward, graphs)
         hooks = _Hooks()
+        # Transformers' own helper, which may go.
+        if hasattr(model, "_optimize_model_for_decode"):
+            model._optimize_model_for_decode = with_grouped_experts(model, lambda: hooks.rows)
         self._handles = [
             model.register_forward_pre_hook(hooks, with_kwargs=True),
             model.register_forward_hook(hooks.after, with_kwargs=True, always_call=True),
@@ -134,6 +139,7 @@ class EnabledTreeAttention:
             config._attn_implementation_internal = implementation
         if self._handles:
             self._model.__dict__.pop("_prepare_cache_for_generation", None)
+            self._model.__dict__.pop("_optimize_model_for_decode", None)
             self._model.__dict__.pop("forward", None)
             if self._forward is not None:
                 self._model.forward = self._forward
@@ -269,9 +275,14 @@ def _source(module_name: str) -> str:
 
 
 class _Hooks:
-    """The pair of hooks around a model's forward. Holds only what one forward hands to its end."""
+    """The pair of hooks around a model's forward. Holds only what one forward hands to its end.
+
+    Attributes:
+        rows: of the TreeCache after the last forward; 0 if it had none.
+    """
 
     def __init__(self) -> None:
+        self.rows = 0
         self._open: list[tuple[TreeCache | None, Collapsed | None]] = []
 
     def __call__(
@@ -313,6 +324,7 @@ class _Hooks:
     ) -> Any:
         # A pre-hook before ours may have failed; torch then calls this one all the same.
         cache, collapsed = self._open.pop() if self._open else (None, None)
+        self.rows = 0
         if cache is None:
             return output
         if output is None:
@@ -321,7 +333,8 @@ class _Hooks:
                 cache.select(collapsed.restore)
             return None
         cache.finish()
-        if collapsed is None:
-            return output
-        cache.select(collapsed.inverse)
-        return expand_output(output, collapsed)
+        if collapsed is not None:
+            cache.select(collapsed.inverse)
+            output = expand_output(output, collapsed)
+        self.rows = len(cache.tree.rows)
+        return output
