@@ -33,7 +33,7 @@ from prompts import PROMPTS, different_prompts, prefill
 from shapes import SHAPES, build, bytes_read, token_bytes, weight_bytes
 from steps import peak_memory, watched
 from transformers import PreTrainedModel
-from ways import WAYS, Way, Workload
+from ways import WAYS, Way, Workload, with_tree_generate
 
 from hf_tree_cache import enable_tree_attention
 from hf_tree_cache.env import environment
@@ -96,10 +96,30 @@ def measure(model: PreTrainedModel, way: Way, work: Workload) -> dict[str, Any]:
     return row
 
 
-def floor_ms(model: PreTrainedModel, work: Workload, tokens: int, bandwidth: float) -> float:
+def floor_ms(
+    model: PreTrainedModel, work: Workload, tokens: int, bandwidth: float, share_of_experts: float
+) -> float:
     """What a step in the middle of ``tokens`` must read, over the bandwidth in TB/s."""
     unique = (work.prompt + work.rows * tokens // 2) * token_bytes(model.config)
-    return 1e-9 * (bytes_read(model, work.rows) + unique) / bandwidth
+    return 1e-9 * (bytes_read(model, share_of_experts) + unique) / bandwidth
+
+
+def share_of_experts(model: PreTrainedModel, work: Workload) -> float:
+    """How many of the experts the rows of a decode step hit, on average; 1.0 without experts."""
+    layers = [part for name, part in model.named_modules() if name.endswith(".experts")]
+    shares: list[float] = []
+
+    def count(experts: Any, args: tuple[torch.Tensor, ...]) -> None:
+        if len(args[0]) == work.rows:
+            shares.append(args[1].unique().numel() / experts.num_experts)
+
+    handles = [layer.register_forward_pre_hook(count) for layer in layers]
+    if layers:
+        with enable_tree_attention(model, cuda_graphs=False):
+            with_tree_generate(model, work, 8)
+    for handle in handles:
+        handle.remove()
+    return statistics.mean(shares) if shares else 1.0
 
 
 def fits(model: PreTrainedModel, way: Way, work: Workload) -> bool:
@@ -177,6 +197,7 @@ def measure_way(
 ) -> None:
     """Every workload of a shape in one way."""
     way = WAYS[name]
+    shares = {work: share_of_experts(model, work) for work in WORKLOADS[shape]}
     handle = None
     if way.enable is None:
         model.set_attn_implementation("sdpa")
@@ -195,7 +216,9 @@ def measure_way(
             "rows": work.rows,
             "tokens": tokens,
             "churn": work.churn,
-            "floor_ms": floor_ms(model, work, tokens, results.data["linear_read_tb_s"]),
+            "floor_ms": floor_ms(
+                model, work, tokens, results.data["linear_read_tb_s"], shares[work]
+            ),
         }
         if not fits(model, way, work):
             row["left_out"] = "memory"

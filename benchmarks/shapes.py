@@ -142,21 +142,14 @@ def build(name: str, device: str = "cuda") -> PreTrainedModel:
     return model.eval()
 
 
-def bytes_read(model: PreTrainedModel, rows: int) -> int:
-    """Bytes of weights that a decode step must read; of experts those that some row likely hits.
-
-    Each row is taken to choose its experts evenly, whatever the others choose.
-    """
+def bytes_read(model: PreTrainedModel, share_of_experts: float = 1.0) -> int:
+    """Bytes of weights that a decode step must read, if its rows hit so many of the experts."""
     embedding = model.get_input_embeddings().weight
-    experts = getattr(model.config, "num_experts", 0)
-    chosen = 1.0
-    if experts:
-        chosen -= (1.0 - model.config.num_experts_per_tok / experts) ** rows
     total = 0.0
     for name, parameter in model.named_parameters():
         if parameter is embedding and not model.config.tie_word_embeddings:
             continue
-        total += parameter.nbytes * (chosen if ".experts." in name else 1.0)
+        total += parameter.nbytes * (share_of_experts if ".experts." in name else 1.0)
     return int(total)
 
 

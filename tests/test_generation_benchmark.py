@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 
 import capacity
 import generate
+import models
 import prompts
 import shapes
 import steps
@@ -195,6 +196,15 @@ def test_earlier_results_are_kept_for_the_same_card_only(tmp_path: Path) -> None
     other = generate.Results(tmp_path, {"gpu": "NVIDIA H200", "commit": "b"}, 4.5, keep=path)
     assert other.data["rows"] == []
     assert other.path == tmp_path / "generate_h200.json"
+
+
+def test_experts_are_counted_that_the_rows_of_a_step_hit(model: Any) -> None:
+    work = ways.Workload(9, 3, 8)
+    assert generate.share_of_experts(model, work) == 1.0
+    sparse = models.build("qwen3_moe", num_experts=64)
+    share = generate.share_of_experts(sparse, work)
+    assert 2 / 64 <= share <= 6 / 64
+    assert shapes.bytes_read(sparse, share) < shapes.bytes_read(sparse)
 
 
 def test_order_names_every_way_and_section_once() -> None:
