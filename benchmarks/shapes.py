@@ -127,7 +127,10 @@ def weight_bytes(name: str) -> int:
 
 
 def build(name: str, device: str = "cuda") -> PreTrainedModel:
-    """The model ``name`` of :data:`SHAPES`, without an end-of-sequence token."""
+    """The model ``name`` of :data:`SHAPES`, random, without an end-of-sequence token.
+
+    Embeddings outweigh what layers add, so that tokens choose experts of their own.
+    """
     model = outline(name).to_empty(device=device)
     config = model.config
     model.tie_weights()
@@ -135,6 +138,8 @@ def build(name: str, device: str = "cuda") -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(1)
+        if hasattr(config, "num_experts"):
+            model.get_input_embeddings().weight.normal_(0, 1)
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config=config).to(device)
     model.generation_config.eos_token_id = None
