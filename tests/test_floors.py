@@ -18,6 +18,7 @@ FLOORS = {
     "integration.stats": 0,
     "integration.pictures": 0,
     "integration.materialising": 0,
+    "integration.experts": 0,
     "generation.sending": 0,
     "integration.adapters": 1,
     "memory.allocator": 1,
