@@ -16,226 +16,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+from .merge_kernel import merge
+from .softmax_kernel import LN2, add_sink, attend, find_maxima
+
 UNLIMITED = tl.constexpr(1 << 30)
 PATIENCE = tl.constexpr(1000)  # polls, of about a microsecond
-
-
-@triton.jit
-def _scores(b_q, b_k, cap_scale, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
-    """[M, KV], to be multiplied by ``qk_scale``."""
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-    if SOFTCAP:
-        b_s = 1.0 - 2.0 / (tl.math.exp2(b_s * cap_scale) + 1.0)
-    return b_s
-
-
-@triton.jit
-def _accumulate(
-    b_q,  # [M, DK]
-    b_k,  # [KV, DK]
-    b_v,  # [KV, DV]
-    b_acc,  # [M, DV] float32
-    b_max,  # [M] running maximum of the scores, or the fixed pivot, times log2(e)
-    b_sum,  # [M] running sum
-    b_norm,  # [M, ONES] the same of weights as the product rounds them
-    b_ones,  # [KV, ONES]
-    m_seen,  # [M, KV]
-    qk_scale,
-    cap_scale,
-    MASKED: tl.constexpr,
-    BLIND: tl.constexpr,  # a query may see nothing of a tile, and nothing before it
-    FIXED: tl.constexpr,
-    ROUNDED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One step of softmax, base 2."""
-    b_s = _scores(b_q, b_k, cap_scale, SOFTCAP, PRECISION)
-    if FIXED:
-        b_p = tl.math.exp2(b_s * qk_scale - b_max[:, None])
-        if MASKED:
-            b_p = tl.where(m_seen, b_p, 0.0)
-        if ROUNDED:
-            # As the product has them: the largest is not exact, as it is relative to a maximum.
-            b_norm = tl.dot(b_p.to(b_v.dtype), b_ones, b_norm)
-        else:
-            b_sum += tl.sum(b_p, 1)
-    else:
-        if MASKED:
-            b_s = tl.where(m_seen, b_s, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, 1) * qk_scale)
-        b_pivot = b_new
-        if BLIND:
-            b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_p = tl.math.exp2(b_s * qk_scale - b_pivot[:, None])
-        b_decay = tl.math.exp2(b_max - b_pivot)
-        b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-        b_acc = b_acc * b_decay[:, None]
-        b_max = b_new
-    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
-    return b_acc, b_max, b_sum, b_norm
-
-
-@triton.jit
-def _attend(
-    p_k,
-    p_v,
-    p_ids,  # [KV] where a tile's block numbers are
-    b_q,  # [M, DK]
-    b_id,  # [KV] first block numbers
-    b_id_v,
-    b_max,  # [M] the pivot, if it is fixed
-    b_limit,  # [M] tokens that each may see
-    b_lower,  # [M] and those before that it may not
-    i_head,
-    i_tile,
-    num_full,
-    num_tokens,
-    v_list,
-    qk_scale,
-    cap_scale,
-    HKV: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    DKP: tl.constexpr,
-    DVP: tl.constexpr,
-    S: tl.constexpr,
-    M: tl.constexpr,
-    KV: tl.constexpr,
-    STAGES: tl.constexpr,
-    PEEL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    FIXED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    SPLIT_LIST: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Softmax over a run of blocks: sums of values [M, DV], maximum [M], sum of weights [M]."""
-    PER_TILE: tl.constexpr = KV // S if KV > S else 1  # blocks of a tile
-    PER_BLOCK: tl.constexpr = S // KV if S > KV else 1  # tiles of a block
-    ONES: tl.constexpr = 16  # the narrowest product
-    ROUNDED: tl.constexpr = FIXED and p_v.dtype.element_ty == tl.bfloat16
-    o_t = tl.arange(0, KV)
-    o_dk = tl.arange(0, DKP)
-    o_dv = tl.arange(0, DVP)
-    o_k = (o_t % S)[:, None] * (HKV * DK) + i_head * DK + o_dk[None, :]  # [KV, DKP]
-    o_v = (o_t % S)[:, None] * (HKV * DV) + i_head * DV + o_dv[None, :]  # [KV, DVP]
-    b_acc = tl.zeros([M, DVP], tl.float32)
-    b_sum = tl.zeros([M], tl.float32)
-    b_norm = tl.zeros([M, ONES], tl.float32)
-    b_ones = tl.full([KV, ONES], 1.0, p_v.dtype.element_ty)
-    if PEEL:
-        # Tokens that all queries see: no masks.
-        num_plain = num_full // KV
-        for t in tl.range(0, num_plain, num_stages=STAGES):
-            b_next = tl.load(p_ids + (t + 1) // PER_BLOCK * PER_TILE)
-            if SPLIT_LIST:
-                b_next_v = tl.load(p_ids + v_list + (t + 1) // PER_BLOCK * PER_TILE)
-            else:
-                b_next_v = b_next
-            o_inner = (t % PER_BLOCK) * KV
-            o_bk = b_id.to(tl.int64) * (S * HKV * DK) + o_inner * (HKV * DK)
-            o_bv = b_id_v.to(tl.int64) * (S * HKV * DV) + o_inner * (HKV * DV)
-            if DK == DKP:
-                b_k = tl.load(p_k + (o_bk[:, None] + o_k))
-            else:
-                b_k = tl.load(p_k + (o_bk[:, None] + o_k), mask=(o_dk < DK)[None, :], other=0.0)
-            if DV == DVP:
-                b_v = tl.load(p_v + (o_bv[:, None] + o_v))
-            else:
-                b_v = tl.load(p_v + (o_bv[:, None] + o_v), mask=(o_dv < DV)[None, :], other=0.0)
-            b_acc, b_max, b_sum, b_norm = _accumulate(
-                b_q, b_k, b_v, b_acc, b_max, b_sum, b_norm, b_ones, None, qk_scale, cap_scale,
-                False, False, FIXED, ROUNDED, SOFTCAP, PRECISION,
-            )  # fmt: skip
-            b_id = b_next
-            b_id_v = b_next_v
-        i_tile = num_plain
-    for t in tl.range(i_tile, tl.cdiv(num_tokens, KV), num_stages=STAGES):
-        b_next = tl.load(p_ids + (t + 1) // PER_BLOCK * PER_TILE)
-        if SPLIT_LIST:
-            b_next_v = tl.load(p_ids + v_list + (t + 1) // PER_BLOCK * PER_TILE)
-        else:
-            b_next_v = b_next
-        o_inner = (t % PER_BLOCK) * KV
-        o_bk = b_id.to(tl.int64) * (S * HKV * DK) + o_inner * (HKV * DK)
-        o_bv = b_id_v.to(tl.int64) * (S * HKV * DV) + o_inner * (HKV * DV)
-        # Scores of unwritten slots are masked, whatever they are; 0 times an unwritten value is not
-        # always 0, so those are not read.
-        if DK == DKP:
-            b_k = tl.load(p_k + (o_bk[:, None] + o_k))
-        else:
-            b_k = tl.load(p_k + (o_bk[:, None] + o_k), mask=(o_dk < DK)[None, :], other=0.0)
-        o_token = t * KV + o_t
-        m_v = (o_token < num_tokens)[:, None]
-        if DV != DVP:
-            m_v = m_v & (o_dv < DV)[None, :]
-        b_v = tl.load(p_v + (o_bv[:, None] + o_v), mask=m_v, other=0.0)
-        m_seen = o_token[None, :] < b_limit[:, None]
-        if WINDOW != 0:
-            m_seen = m_seen & (o_token[None, :] >= b_lower[:, None])
-        b_acc, b_max, b_sum, b_norm = _accumulate(
-            b_q, b_k, b_v, b_acc, b_max, b_sum, b_norm, b_ones, m_seen, qk_scale, cap_scale,
-            True, WINDOW != 0, FIXED, ROUNDED, SOFTCAP, PRECISION,
-        )  # fmt: skip
-        b_id = b_next
-        b_id_v = b_next_v
-    if ROUNDED:
-        b_sum = tl.max(b_norm, 1)  # of equals
-    return b_acc, b_max, b_sum
-
-
-@triton.jit
-def _find_maxima(
-    p_k,
-    p_ids,
-    b_q,
-    b_id,
-    b_limit,
-    b_lower,
-    i_head,
-    num_tokens,
-    qk_scale,
-    cap_scale,
-    HKV: tl.constexpr,
-    DK: tl.constexpr,
-    DKP: tl.constexpr,
-    S: tl.constexpr,
-    M: tl.constexpr,
-    KV: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The largest score of each query over a run of blocks, times log2(e): [M]."""
-    PER_TILE: tl.constexpr = KV // S if KV > S else 1
-    PER_BLOCK: tl.constexpr = S // KV if S > KV else 1
-    o_t = tl.arange(0, KV)
-    o_dk = tl.arange(0, DKP)
-    o_k = (o_t % S)[:, None] * (HKV * DK) + i_head * DK + o_dk[None, :]
-    b_max = tl.full([M], float("-inf"), tl.float32)
-    for t in tl.range(0, tl.cdiv(num_tokens, KV), num_stages=1):
-        o_bk = b_id.to(tl.int64) * (S * HKV * DK) + (t % PER_BLOCK) * KV * (HKV * DK)
-        b_k = tl.load(p_k + (o_bk[:, None] + o_k), mask=(o_dk < DK)[None, :], other=0.0)
-        b_s = _scores(b_q, b_k, cap_scale, SOFTCAP, PRECISION)
-        o_token = t * KV + o_t
-        m_seen = o_token[None, :] < b_limit[:, None]
-        if WINDOW != 0:
-            m_seen = m_seen & (o_token[None, :] >= b_lower[:, None])
-        b_max = tl.maximum(b_max, tl.max(tl.where(m_seen, b_s, float("-inf")), 1))
-        b_id = tl.load(p_ids + (t + 1) // PER_BLOCK * PER_TILE)
-    return b_max * qk_scale
-
-
-@triton.jit
-def _add_sink(p_sinks, o_head, b_max, b_sum):
-    """A sink joins the denominator: new maximum, factor on what was summed, new sum."""
-    b_sink = tl.load(p_sinks + o_head).to(tl.float32) * LOG2E
-    b_new = tl.maximum(b_max, b_sink)
-    b_decay = tl.math.exp2(b_max - b_new)
-    return b_new, b_decay, b_sum * b_decay + tl.math.exp2(b_sink - b_new)
 
 
 @triton.jit
@@ -327,7 +112,7 @@ def _work(
     if SPLIT_LIST:
         b_id_v = tl.load(p_ids + v_list + i_tile // PER_BLOCK * PER_TILE)
     b_max = tl.full([M], 0.0 if FIXED else float("-inf"), tl.float32)
-    b_acc, b_max, b_sum = _attend(
+    b_acc, b_max, b_sum = attend(
         p_k, p_v, p_ids, b_q, b_id, b_id_v, b_max, b_limit, b_lower, i_head, i_tile, num_full,
         num_tokens, v_list, qk_scale, cap_scale, HKV, DK, DV, DKP, DVP, S, M, KV, STAGES, PEEL,
         WINDOW, FIXED, SOFTCAP, SPLIT_LIST, PRECISION,
@@ -347,12 +132,12 @@ def _work(
             b_few_v = b_few
             if SPLIT_LIST:
                 b_few_v = tl.load(p_few + v_list)
-            b_top = _find_maxima(
+            b_top = find_maxima(
                 p_k, p_few, b_q, b_few, b_limit, b_lower, i_head, num_tokens, qk_scale, cap_scale,
                 HKV, DK, DKP, S, M, FEW, WINDOW, SOFTCAP, PRECISION,
             )  # fmt: skip
             b_max = tl.where(m_sees & ~m_sound, b_top, 0.0)
-            b_acc, b_max, b_sum = _attend(
+            b_acc, b_max, b_sum = attend(
                 p_k, p_v, p_few, b_q, b_few, b_few_v, b_max, b_limit, b_lower, i_head, 0, 0,
                 num_tokens, v_list, qk_scale, cap_scale, HKV, DK, DV, DKP, DVP, S, M, FEW, 1, False,
                 WINDOW, True, SOFTCAP, SPLIT_LIST, PRECISION,
@@ -364,7 +149,7 @@ def _work(
         b_decay = tl.full([M], 1.0, tl.float32)
         if SINKS:
             m_some = b_sum > 0
-            b_new, b_decay, b_total = _add_sink(p_sinks, o_head, b_max, b_sum)
+            b_new, b_decay, b_total = add_sink(p_sinks, o_head, b_max, b_sum)
             b_max = tl.where(m_some, b_new, b_max)
             b_sum = tl.where(m_some, b_total, b_sum)
         b_scale = tl.where(b_sum > 0, b_decay / b_sum, 0.0)
@@ -389,90 +174,6 @@ def _work(
         tl.debug_barrier()
         m_first = m_query & (o_m % G == 0)
         tl.atomic_add(p_arrived + i_query * HKV + i_head, 1, mask=m_first, sem="release")
-
-
-@triton.jit
-def _merge(
-    p_out,
-    p_lse,
-    p_sinks,
-    p_record,
-    p_part,
-    p_part_lse,
-    p_arrived,
-    p_part_ptr,
-    p_part_slots,
-    i_head,
-    num_queries,
-    HKV: tl.constexpr,
-    G: tl.constexpr,
-    DV: tl.constexpr,
-    DVP: tl.constexpr,
-    ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
-    SINKS: tl.constexpr,
-):
-    """Wait for all parts of up to ROWS // G queries, then merge them by their log-sum-exp."""
-    HQ: tl.constexpr = HKV * G
-    o_r = tl.arange(0, ROWS)
-    o_p = tl.arange(0, PARTS)
-    o_dv = tl.arange(0, DVP)
-    i_member = o_r // G
-    m_query = i_member < num_queries
-    i_query = tl.load(p_record + 8 + i_member, mask=m_query, other=0)
-    o_head = i_head * G + o_r % G
-    i_begin = tl.load(p_part_ptr + i_query, mask=m_query, other=0)
-    num_parts = tl.load(p_part_ptr + i_query + 1, mask=m_query, other=0) - i_begin
-    most_parts = tl.max(num_parts, 0)
-    m_part = o_p[None, :] < num_parts[:, None]  # [ROWS, PARTS]
-    b_slot = tl.load(p_part_slots + i_begin[:, None] + o_p[None, :], mask=m_part, other=0)
-    p_count = p_arrived + i_query * HKV + i_head
-    missing = 1
-    while missing > 0:
-        b_arrived = tl.atomic_add(p_count, tl.zeros([ROWS], tl.int32), mask=m_query, sem="acquire")
-        missing = tl.max(tl.where(m_query, num_parts - b_arrived, 0), 0)
-    # What one thread acquired, all may read.
-    tl.debug_barrier()
-    b_acc = tl.zeros([ROWS, DVP], tl.float32)
-    b_max = tl.full([ROWS], float("-inf"), tl.float32)
-    b_sum = tl.zeros([ROWS], tl.float32)
-    m_dv = (o_dv < DV)[None, None, :]
-    for j in tl.range(0, most_parts, PARTS, num_stages=1):
-        o_part = b_slot.to(tl.int64) * HQ + o_head[:, None]
-        b_lse = tl.load(
-            p_part_lse + o_part * 2, mask=m_part, other=float("-inf"), cache_modifier=".cg"
-        )
-        b_part = tl.load(
-            p_part + (o_part[:, :, None] * DV + o_dv[None, None, :]),
-            mask=m_part[:, :, None] & m_dv,
-            other=0.0,
-            cache_modifier=".cg",
-        ).to(tl.float32)
-        b_scale = tl.full([ROWS, PARTS], 1.0, tl.float32)
-        if p_part.dtype.element_ty == tl.float16:
-            b_scale = tl.load(
-                p_part_lse + o_part * 2 + 1, mask=m_part, other=0.0, cache_modifier=".cg"
-            )
-        m_part = j + PARTS + o_p[None, :] < num_parts[:, None]
-        p_slots = p_part_slots + i_begin[:, None] + j + PARTS + o_p[None, :]
-        b_slot = tl.load(p_slots, mask=m_part, other=0)
-        b_new = tl.maximum(b_max, tl.max(b_lse, 1))
-        b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_decay = tl.math.exp2(b_max - b_pivot)
-        b_weight = tl.math.exp2(b_lse - b_pivot[:, None])
-        b_acc = b_acc * b_decay[:, None] + tl.sum(b_part * (b_weight * b_scale)[:, :, None], 1)
-        b_sum = b_sum * b_decay + tl.sum(b_weight, 1)
-        b_max = b_new
-    b_decay = tl.full([ROWS], 1.0, tl.float32)
-    if SINKS:
-        b_max, b_decay, b_sum = _add_sink(p_sinks, o_head, b_max, b_sum)
-    o_out = i_query.to(tl.int64) * HQ + o_head
-    b_o = (b_acc * (b_decay / b_sum)[:, None]).to(p_out.dtype.element_ty)
-    m_out = m_query[:, None] & (o_dv < DV)[None, :]
-    tl.store(p_out + (o_out[:, None] * DV + o_dv[None, :]), b_o, mask=m_out)
-    tl.store(p_lse + o_out, (b_max + tl.math.log2(b_sum)) * LN2, mask=m_query)
-    # Ready for the next layer.
-    tl.store(p_count, tl.zeros([ROWS], tl.int32), mask=m_query & (o_r % G == 0))
 
 
 @triton.jit(do_not_specialize=["v_list", "window"])
@@ -613,7 +314,7 @@ def tree_attention_kernel(
                 put_off = tl.load(p_put_off + i, volatile=True)
                 if (put_off > 0) | (i == i_merge):
                     p_merge = p_items + (num_work + i // HKV) * RECORD
-                    _merge(
+                    merge(
                         p_out, p_lse, p_sinks, p_merge, p_part, p_part_lse, p_arrived,
                         p_part_ptr, p_part_slots, i % HKV, tl.load(p_merge + 3),
                         HKV, G, DV, DVP, MERGE_ROWS, MERGE_PARTS, SINKS,
