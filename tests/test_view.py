@@ -8,8 +8,9 @@ from html.parser import HTMLParser
 import pytest
 
 from hf_tree_cache.errors import InvalidArgument
-from hf_tree_cache.generation import view
+from hf_tree_cache.generation import view_html
 from hf_tree_cache.generation.record import GenerationTree
+from hf_tree_cache.generation.view_text import shorten
 
 VOID_TAGS = {"rect", "path"}
 
@@ -204,7 +205,7 @@ def test_wide_characters_count_as_two_columns() -> None:
     ],
 )
 def test_text_is_shortened_in_its_middle(text: str, width: int, expected: str) -> None:
-    assert view.shorten(text, width) == expected
+    assert shorten(text, width) == expected
 
 
 def test_text_cannot_break_a_line_or_steer_the_terminal() -> None:
@@ -411,7 +412,7 @@ def test_themes_of_notebooks_override_the_one_of_the_browser() -> None:
 
 
 def test_every_style_rule_stays_inside_the_view() -> None:
-    style = re.sub(r"@media[^{]*\{(.*?\})\}", r"\1", view._STYLE, flags=re.S)
+    style = re.sub(r"@media[^{]*\{(.*?\})\}", r"\1", view_html._STYLE, flags=re.S)
     selectors = re.findall(r"([^{}]+)\{[^{}]*\}", style)
     assert len(selectors) > 40
     assert all(".htc" in part for selector in selectors for part in selector.split(","))

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from hf_tree_cache.errors import InvalidArgument
-from hf_tree_cache.generation import view
+from hf_tree_cache.generation import view_html, view_text
+from hf_tree_cache.generation.view_parts import Decoder
 
 NodeState = Literal["alive", "forked", "finished", "pruned"]
 
@@ -83,7 +84,7 @@ class GenerationTree:
             given none. Never serialised.
     """
 
-    def __init__(self, tokenizer: view.Decoder | None = None) -> None:
+    def __init__(self, tokenizer: Decoder | None = None) -> None:
         self.nodes: list[GenerationNode] = []
         self.tokenizer = tokenizer
         self._roots: list[int] = []
@@ -395,9 +396,7 @@ class GenerationTree:
         }
 
     @classmethod
-    def from_dict(
-        cls, data: Mapping[str, Any], tokenizer: view.Decoder | None = None
-    ) -> GenerationTree:
+    def from_dict(cls, data: Mapping[str, Any], tokenizer: Decoder | None = None) -> GenerationTree:
         """Rebuild a tree from `to_dict`.
 
         Raises:
@@ -440,7 +439,7 @@ class GenerationTree:
 
     @classmethod
     def from_json(
-        cls, source: str | os.PathLike[str], tokenizer: view.Decoder | None = None
+        cls, source: str | os.PathLike[str], tokenizer: Decoder | None = None
     ) -> GenerationTree:
         """Rebuild a tree from `to_json`.
 
@@ -458,10 +457,10 @@ class GenerationTree:
                 text = Path(source).read_text(encoding="utf-8")
             data = json.loads(text)
         except (OSError, ValueError, RecursionError) as error:
-            shown = view.shorten(repr(source), 60)
+            shown = view_text.shorten(repr(source), 60)
             raise InvalidArgument(
                 f"GenerationTree.from_json({shown}): neither JSON text nor a readable JSON file "
-                f"({type(error).__name__}: {view.shorten(str(error), 80)}). Pass what to_json "
+                f"({type(error).__name__}: {view_text.shorten(str(error), 80)}). Pass what to_json "
                 "returned, or the path that it wrote."
             ) from error
         return cls.from_dict(data, tokenizer)
@@ -552,16 +551,16 @@ class GenerationTree:
         }
 
     def to_text(
-        self, tokenizer: view.Decoder | None = None, max_width: int = 100, max_nodes: int = 200
+        self, tokenizer: Decoder | None = None, max_width: int = 100, max_nodes: int = 200
     ) -> str:
-        """Draw the tree for a terminal; see `view.render_text`."""
+        """Draw the tree for a terminal; see `view_text.render_text`."""
         chosen = self.tokenizer if tokenizer is None else tokenizer
-        return view.render_text(self, chosen, max_width, max_nodes)
+        return view_text.render_text(self, chosen, max_width, max_nodes)
 
-    def to_html(self, tokenizer: view.Decoder | None = None, max_nodes: int = 1000) -> str:
-        """Draw the tree as self-contained HTML; see `view.render_html`."""
+    def to_html(self, tokenizer: Decoder | None = None, max_nodes: int = 1000) -> str:
+        """Draw the tree as self-contained HTML; see `view_html.render_html`."""
         chosen = self.tokenizer if tokenizer is None else tokenizer
-        return view.render_html(self, chosen, max_nodes)
+        return view_html.render_html(self, chosen, max_nodes)
 
     def __str__(self) -> str:
         return self.to_text()
@@ -622,7 +621,7 @@ class GenerationTree:
         found = self._get(node, call)
         why = "" if found.reason is None else f" ({found.reason})"
         if found.state == "forked":
-            below = view.shorten(", ".join(map(str, found.children)) or "none", 60)
+            below = view_text.shorten(", ".join(map(str, found.children)) or "none", 60)
             remedy = f"Its children carry on (ids: {below}); open_branch({node}) adds one."
         else:
             remedy = f"fork_at({node}, position) branches off from any of its tokens."
@@ -693,7 +692,7 @@ def _parse_node(index: int, entry: Any) -> GenerationNode:
     }
     wrong = [name for name, valid in checks.items() if not valid]
     if wrong:
-        value = view.shorten(repr(found.get(wrong[0])), 60)
+        value = view_text.shorten(repr(found.get(wrong[0])), 60)
         raise InvalidArgument(
             f"GenerationTree.from_dict: node {index} has missing or malformed fields "
             f"{', '.join(wrong)} ({wrong[0]} is {value}). Pass data as to_dict wrote it."

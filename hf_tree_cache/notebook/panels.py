@@ -8,7 +8,7 @@ from difflib import SequenceMatcher
 from html import escape
 from typing import Any
 
-from ..generation.view import frame, head, tokens_html
+from ..generation.view_html import frame, head, tokens_html
 from ..integration.cache import TreeCache
 from ..memory.growth import Node
 from ..memory.tree import Branch as CacheBranch

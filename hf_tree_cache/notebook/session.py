@@ -11,7 +11,8 @@ from ..generation.output import BranchEvent
 from ..generation.record import GenerationTree
 from ..generation.runner import BranchRunner
 from ..generation.text import CONTEXT, Prompt, TextStream
-from ..generation.view import render_html, render_text
+from ..generation.view_html import render_html
+from ..generation.view_text import render_text
 from ..integration.cache import TreeCache
 from .live import LiveView, notebook_shell
 from .panels import (

@@ -1,32 +1,37 @@
-"""Draw a `GenerationTree`: text for a terminal, self-contained HTML for a notebook.
+"""Draw a `GenerationTree` as self-contained HTML for a notebook.
 
-Both views walk the tree with explicit stacks (a chain may be thousands of nodes deep) and
-show a bounded part of it: the nodes nearest to the roots, with a line where others are left
-out. A node with an only child is followed by that child at the same indentation.
+A node with an only child is followed by that child at the same indentation.
 """
 
 from __future__ import annotations
 
 import bisect
 import math
-import unicodedata
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from hf_tree_cache.errors import InvalidArgument
 
+from .view_parts import (
+    CONTEXT,
+    MARKERS,
+    Decoder,
+    Piece,
+    Selection,
+    context_of,
+    mean_logprob,
+    number_of,
+    pieces_of,
+    select_nodes,
+    state_counts,
+    visible_text,
+)
+from .view_text import headline, render_text, shorten
+
 if TYPE_CHECKING:
     from hf_tree_cache.generation.record import GenerationNode, GenerationTree
-
-_MARKERS = {"alive": "●", "finished": "✓", "pruned": "✗", "forked": "┬"}
-# Tokens in front of a piece that is decoded: tokenizers drop a leading space at the start of a
-# text, and a character may be spread over several tokens.
-_CONTEXT = 4
-_LONGEST_CHARACTER = 8
-_JOINERS = "\u200c\u200d"
 
 # Bounds of the HTML view: a thousand nodes stay below 1.5 MB, and below the 512 nested elements
 # where browsers stop nesting.
@@ -41,107 +46,6 @@ _PLAIN_NODES = 100
 
 # Surprise (-log-prob) at which a token gets the next tint: p = 0.9, 0.7, 0.5, 0.25, 0.1, 0.01.
 _SURPRISES = (0.105, 0.357, 0.693, 1.386, 2.303, 4.605)
-
-
-class Decoder(Protocol):
-    """What the views need of a tokenizer."""
-
-    def decode(self, token_ids: list[int], /) -> Any:
-        """Return the text of token ids."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Selection:
-    """The part of a tree that a view shows.
-
-    Attributes:
-        shown: Ids of the nodes to draw; a node's parent is always among them.
-        hidden: How many nodes are left out below each drawn node, where any are.
-        hidden_prompts: Prompts that are left out whole.
-        num_hidden: All nodes that are left out.
-    """
-
-    shown: set[int]
-    hidden: dict[int, int]
-    hidden_prompts: int
-    num_hidden: int
-
-    def children(self, node: GenerationNode) -> list[int]:
-        """The children of a node that are drawn."""
-        return [child for child in node.children if child in self.shown]
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """A run of tokens that decodes to whole characters, mostly one token."""
-
-    text: str
-    start: int
-    stop: int
-
-
-def shorten(text: str, width: int) -> str:
-    """Cut text in its middle to at most `width` terminal columns."""
-    if len(text) <= 2 * width and _columns(text) <= width:
-        return text
-    front, back = text[:width], text[-width:]
-    tail_width = (width - 1) // 2
-    head = _take(front, width - 1 - tail_width)
-    tail = _take(back[::-1], tail_width)[::-1]
-    return f"{head}…{tail}"
-
-
-def render_text(
-    tree: GenerationTree,
-    tokenizer: Decoder | None = None,
-    max_width: int = 100,
-    max_nodes: int = 200,
-    labels: Mapping[int, str] | None = None,
-) -> str:
-    """Draw a tree with lines for a terminal.
-
-    A row holds the node's state (◆ prompt, ┬ forked, ● alive, ✓ finished, ✗ pruned), its text,
-    how many tokens it has, their mean log-prob and the reason of its state.
-
-    Args:
-        tree: What to draw.
-        tokenizer: Decodes the tokens; without one their ids are shown.
-        max_width: Columns of a row, at least 40.
-        max_nodes: Nodes to draw, those nearest to the roots; the rest is counted.
-        labels: Names of nodes, by id, in front of their reasons.
-
-    Returns:
-        Lines joined by newlines.
-    """
-    if max_width < 40 or max_nodes < 1:
-        raise InvalidArgument(
-            f"render_text(max_width={max_width}, max_nodes={max_nodes}): a row needs 40 columns "
-            "and a tree one node. Pass max_width >= 40 and max_nodes >= 1."
-        )
-    selection = _select(tree, max_nodes)
-    labels = labels or {}
-    facts = {i: _facts(tree.nodes[i], max_width // 5, labels.get(i, "")) for i in selection.shown}
-    room = max_width - 2 - max((len(fact) for fact in facts.values()), default=0)
-    rows: list[tuple[str, str]] = []
-    # However deep a node hangs, ten columns of its text stay.
-    for lead, i in _text_rows(tree, selection, min(max_width // 2, room - 10)):
-        if i is None:
-            rows.append((lead, ""))
-        else:
-            text = _text_of(tree, tree.nodes[i], tokenizer, room - len(lead))
-            rows.append((lead + text, facts[i]))
-    column = max((_columns(left) for left, right in rows if right), default=0)
-    lines = [_headline(tree)]
-    if rows:
-        lines.append(f"{' ' * column}     tok   logp")
-    for left, right in rows:
-        lines.append(f"{left}{' ' * (column - _columns(left))}  {right}" if right else left)
-    if selection.num_hidden:
-        lines.append(
-            f"… {selection.num_hidden:,} of {len(tree.nodes):,} nodes left out "
-            f"(max_nodes={max_nodes})"
-        )
-    return "\n".join(lines)
 
 
 def render_html(
@@ -173,7 +77,7 @@ def render_html(
             f"render_html(max_nodes={max_nodes}): there must be a node to draw. Pass "
             "max_nodes >= 1."
         )
-    selection = _select(tree, max_nodes)
+    selection = select_nodes(tree, max_nodes)
     parts = [_header(tree)]
     parts.append(_overview(tree, selection))
     parts.append('<div class="htc-body">')
@@ -239,203 +143,21 @@ def tokens_html(
         marked: Indices of tokens to mark.
     """
     chosen = set(marked)
-    pieces = _pieces(tokenizer, context[-_CONTEXT:], tokens)
+    pieces = pieces_of(tokenizer, context[-CONTEXT:], tokens)
     return _spans(tokens, logprobs, 0, pieces, chosen)
 
 
-def _columns(text: str) -> int:
-    """How many terminal columns a text takes."""
-    if text.isascii():
-        return len(text)
-    return sum(_char_columns(char) for char in text)
-
-
-def _char_columns(char: str) -> int:
-    if unicodedata.combining(char) or char in _JOINERS:
-        return 0
-    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
-
-
-def _take(text: str, width: int) -> str:
-    """The longest start of a text that fits into `width` columns."""
-    used = 0
-    for i, char in enumerate(text):
-        used += _char_columns(char)
-        if used > width:
-            return text[:i]
-    return text
-
-
-def _visible(text: str) -> str:
-    """Replace what would break a line or steer a terminal by something that can be read."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(map(_visible_char, text))
-
-
-def _visible_char(char: str) -> str:
-    if char in "\n\r":
-        return "⏎"
-    if char == "\t":
-        return "⇥"
-    if char.isspace():
-        return " "
-    if char.isprintable() or char in _JOINERS:
-        return char
-    return char.encode("unicode_escape").decode("ascii")
-
-
-def _decode(tokenizer: Decoder | None, ids: Sequence[int]) -> str:
-    if tokenizer is None:
-        return "".join(f" {token}" for token in ids)
-    return str(tokenizer.decode(list(ids)))
-
-
-def _decode_after(tokenizer: Decoder | None, context: Sequence[int], ids: Sequence[int]) -> str:
-    """The text of `ids` where they stand behind `context`."""
-    before = _decode(tokenizer, context)
-    whole = _decode(tokenizer, [*context, *ids])
-    return whole[len(before) :] if whole.startswith(before) else _decode(tokenizer, ids)
-
-
-def _pieces(
-    tokenizer: Decoder | None, context: Sequence[int], ids: Sequence[int]
-) -> Iterator[_Piece]:
-    """Split the text of `ids` at token boundaries that are character boundaries too."""
-    done = 0
-    for stop in range(1, len(ids) + 1):
-        text = _decode_after(tokenizer, context, ids[done:stop])
-        if text.endswith("\ufffd") and stop < len(ids) and stop - done < _LONGEST_CHARACTER:
-            continue
-        yield _Piece(text, done, stop)
-        context = ids[done:stop]
-        done = stop
-
-
-def _context(tree: GenerationTree, node: GenerationNode) -> list[int]:
-    """The last tokens before a node."""
-    tokens: list[int] = []
-    while node.parent is not None and len(tokens) < _CONTEXT:
-        node = tree.nodes[node.parent]
-        tokens = node.tokens[-_CONTEXT:] + tokens
-    return tokens[-_CONTEXT:]
-
-
-def _mean(logprobs: Sequence[float]) -> float:
-    return sum(logprobs) / len(logprobs) if logprobs else math.nan
-
-
-def _count(number: int, noun: str) -> str:
-    plural = "es" if noun.endswith("ch") else "s"
-    return f"{number:,} {noun}{'' if number == 1 else plural}"
-
-
-def _select(tree: GenerationTree, max_nodes: int) -> _Selection:
-    """Choose the `max_nodes` nodes nearest to the roots."""
-    roots = tree.roots
-    shown: set[int] = set(roots[:max_nodes])
-    pending = deque(roots[:max_nodes])
-    while pending:
-        for child in tree.nodes[pending.popleft()].children[: max_nodes - len(shown)]:
-            shown.add(child)
-            pending.append(child)
-    hidden: dict[int, int] = {}
-    if len(shown) < len(tree.nodes):
-        below = [0] * len(tree.nodes)
-        for i in reversed(list(tree.walk())):
-            parent = tree.nodes[i].parent
-            if i not in shown and parent is not None:
-                below[parent] += below[i] + 1
-        hidden = {i: below[i] for i in shown if below[i]}
-    return _Selection(shown, hidden, max(0, len(roots) - max_nodes), len(tree.nodes) - len(shown))
-
-
-def _state_counts(nodes: Iterable[GenerationNode]) -> dict[str, int]:
-    counts = {"alive": 0, "finished": 0, "pruned": 0}
-    for node in nodes:
-        if node.state != "forked":
-            counts[node.state] += 1
-    return counts
-
-
-def _headline(tree: GenerationTree) -> str:
-    counts = _state_counts(tree.nodes)
-    states = ", ".join(f"{number:,} {state}" for state, number in counts.items() if number)
-    branches = _count(tree.num_branches, "branch") + (f" ({states})" if states else "")
-    tokens = f"{_count(tree.num_tokens, 'token')} ({tree.num_tokens_flat:,} unshared)"
-    return f"GenerationTree: {_count(len(tree.roots), 'prompt')}, {branches}, {tokens}"
-
-
-def _facts(node: GenerationNode, reason_width: int, label: str = "") -> str:
-    """What stands behind a node's text in a terminal row."""
-    mean = f"{_mean(node.logprobs):z.2f}" if node.logprobs else ""
-    words = " · ".join(word for word in (label, node.reason) if word)
-    reason = shorten(_visible(words), reason_width)
-    return f"{len(node.tokens):6d} {mean:>6}  {reason}".rstrip()
-
-
-def _text_of(
-    tree: GenerationTree, node: GenerationNode, tokenizer: Decoder | None, width: int
-) -> str:
-    """A node's text on one line of at most `width` columns."""
-    ids, context = node.tokens, _context(tree, node)
-    if len(ids) <= 2 * width + _CONTEXT:
-        text = _visible(_decode_after(tokenizer, context, ids))
-    else:
-        front = _decode_after(tokenizer, context, ids[:width])
-        back = _decode_after(tokenizer, ids[-width - _CONTEXT : -width], ids[-width:])
-        text = _visible(f"{front}…{back}")
-    return shorten(text, width) if text.strip() else "␣" * min(len(text), width)
-
-
-def _text_rows(
-    tree: GenerationTree, selection: _Selection, lead_width: int
-) -> Iterator[tuple[str, int | None]]:
-    """Yield (what stands before the text, node); node None for a line about left-out nodes."""
-
-    def fit(lead: str) -> str:
-        return lead if len(lead) <= lead_width else "…" + lead[1 - lead_width :]
-
-    # An entry is what to draw (a node, or how many are left out), the lines in front of it, and
-    # the lines in front of what hangs below it.
-    roots = [root for root in tree.roots if root in selection.shown]
-    pending: list[tuple[int | None, int, str, str]] = [(root, 0, "", "") for root in roots[::-1]]
-    while pending:
-        i, left_out, lead, below = pending.pop()
-        if i is None:
-            yield f"{fit(lead)}… {_count(left_out, 'more node')}", None
-            continue
-        node = tree.nodes[i]
-        yield f"{fit(lead)}{'◆' if node.is_prompt else _MARKERS[node.state]} ", i
-        children: list[int | None] = [*selection.children(node)]
-        if len(node.children) == 1 and children:
-            pending.append((children[0], 0, below, below))
-            continue
-        left_out = selection.hidden.get(i, 0)
-        if left_out:
-            children.append(None)
-        # Only the end of a deep indentation is drawn, so no more of it is kept.
-        kept = below[-lead_width:]
-        for child in reversed(children):
-            last = child == children[-1]
-            pending.append(
-                (child, left_out, kept + ("└─" if last else "├─"), kept + ("  " if last else "│ "))
-            )
-    if selection.hidden_prompts:
-        yield f"… {_count(selection.hidden_prompts, 'more prompt')}", None
-
-
 def _header(tree: GenerationTree) -> str:
-    counts = _state_counts(tree.nodes)
-    chips = [("", _count(len(tree.roots), "prompt"), "")] if len(tree.roots) > 1 else []
-    chips.append(("", _count(tree.num_branches, "branch"), ""))
+    counts = state_counts(tree.nodes)
+    chips = [("", number_of(len(tree.roots), "prompt"), "")] if len(tree.roots) > 1 else []
+    chips.append(("", number_of(tree.num_branches, "branch"), ""))
     chips += [
-        (state, f"{_MARKERS[state]} {number:,} {state}", "")
+        (state, f"{MARKERS[state]} {number:,} {state}", "")
         for state, number in counts.items()
         if number
     ]
     unique, flat = tree.num_tokens, tree.num_tokens_flat
-    chips.append(("", _count(unique, "token"), "generated tokens, shared ones counted once"))
+    chips.append(("", number_of(unique, "token"), "generated tokens, shared ones counted once"))
     if flat > unique:
         chips.append(
             ("", f"{flat / unique:.1f}× shared", f"{flat:,} tokens as independent sequences")
@@ -447,7 +169,7 @@ def _chip(kind: str, text: str, title: str) -> str:
     return f'<span class="chip {kind}" title="{escape(title)}">{escape(text)}</span>'
 
 
-def _overview(tree: GenerationTree, selection: _Selection) -> str:
+def _overview(tree: GenerationTree, selection: Selection) -> str:
     """An SVG of the whole shape: a line is a branch, across is the position in the sequence.
 
     The first child continues its parent's line. Prompts are drawn at one width, whatever their
@@ -496,25 +218,25 @@ def _overview(tree: GenerationTree, selection: _Selection) -> str:
     height = num_lanes * lane_height
     return (
         f'<svg class="overview" viewBox="0 0 1000 {height:.1f}" height="{height:.0f}" '
-        f'preserveAspectRatio="none" role="img" aria-label="{escape(_headline(tree))}">'
+        f'preserveAspectRatio="none" role="img" aria-label="{escape(headline(tree))}">'
         f'<path d="{"".join(links)}"/>{"".join(bars)}</svg>'
         f'<div class="axis"><span style="min-width:{margin / 10:.1f}%">prompt</span>'
-        f"<span>generated</span><span>{_count(longest, 'token')}</span></div>"
+        f"<span>generated</span><span>{number_of(longest, 'token')}</span></div>"
     )
 
 
 def _label(node: GenerationNode) -> str:
     """A node in a few words, for a tooltip."""
     words = [f"#{node.id}", "prompt" if node.is_prompt else node.state]
-    words.append(_count(len(node.tokens), "token"))
+    words.append(number_of(len(node.tokens), "token"))
     if node.logprobs:
-        words.append(f"mean log-prob {_mean(node.logprobs):z.2f}")
+        words.append(f"mean log-prob {mean_logprob(node.logprobs):z.2f}")
     if node.reason is not None:
-        words.append(shorten(_visible(node.reason), _MAX_REASON))
+        words.append(shorten(visible_text(node.reason), _MAX_REASON))
     return escape(" · ".join(words))
 
 
-def _run(tree: GenerationTree, selection: _Selection, node: int) -> list[int]:
+def _run(tree: GenerationTree, selection: Selection, node: int) -> list[int]:
     """A node and the only children that follow it, which are drawn at its indentation."""
     run = [node]
     while True:
@@ -524,7 +246,7 @@ def _run(tree: GenerationTree, selection: _Selection, node: int) -> list[int]:
         run.append(children[0])
 
 
-def _opened(tree: GenerationTree, selection: _Selection, roots: list[int]) -> set[int]:
+def _opened(tree: GenerationTree, selection: Selection, roots: list[int]) -> set[int]:
     """Runs that start unfolded: all of a small tree, else a lone prompt and the first levels."""
     opened: set[int] = set()
     rows = len(roots)
@@ -544,7 +266,7 @@ def _opened(tree: GenerationTree, selection: _Selection, roots: list[int]) -> se
 
 def _outline(
     tree: GenerationTree,
-    selection: _Selection,
+    selection: Selection,
     tokenizer: Decoder | None,
     labels: Mapping[int, str],
 ) -> Iterator[str]:
@@ -583,7 +305,7 @@ def _outline(
             last = run[-1]
             children = selection.children(tree.nodes[last])
             hidden = selection.hidden.get(last, 0)
-            note = f'<div class="more">… {_count(hidden, "more node")}</div>' if hidden else ""
+            note = f'<div class="more">… {number_of(hidden, "more node")}</div>' if hidden else ""
             if len(run) == 1 and not children and not hidden:
                 yield f'<div class="n">{row(first)}</div>'
                 continue
@@ -605,7 +327,7 @@ def _outline(
 
 def _count_endings(tree: GenerationTree) -> list[dict[str, int]]:
     """For each node, how many branches below it are in each state."""
-    endings = [_state_counts([node]) for node in tree.nodes]
+    endings = [state_counts([node]) for node in tree.nodes]
     for i in reversed(list(tree.walk())):
         parent = tree.nodes[i].parent
         if parent is not None:
@@ -638,25 +360,25 @@ def _row(
     facts = [f'<span class="name">{escape(label)}</span>'] if label else []
     if node.state == "forked":
         facts += [
-            f'<span class="{state}">{_MARKERS[state]}\u2009{number:,}</span>'
+            f'<span class="{state}">{MARKERS[state]}\u2009{number:,}</span>'
             for state, number in endings.items()
             if number
         ]
     if node.reason is not None:
-        reason = escape(shorten(_visible(node.reason), _MAX_REASON))
+        reason = escape(shorten(visible_text(node.reason), _MAX_REASON))
         facts.append(f'<span class="why">{reason}</span>')
     elif node.state != "forked":
         facts.append(f'<span class="why">{node.state}</span>')
     facts.append(f'<span class="k">{len(node.tokens):,} tok</span>')
     if node.logprobs:
-        mean = _mean(node.logprobs)
+        mean = mean_logprob(node.logprobs)
         likely = 0.0 if math.isnan(mean) else math.exp(min(0.0, mean))
         facts.append(
             f'<span class="p" style="--p:{likely:.0%}" '
             f'title="mean log-prob; bar: the probability it stands for">{mean:z.2f}</span>'
         )
     facts.append(f'<span class="id">#{node.id}</span>')
-    badge = "" if node.state == "forked" else _MARKERS[node.state]
+    badge = "" if node.state == "forked" else MARKERS[node.state]
     return (
         f'<div class="r {kind}"><b>{badge}</b><span class="x">'
         f"{_token_spans(tree, node, tokenizer, cap)}</span>"
@@ -670,17 +392,17 @@ def _token_spans(
     """A node's text, each token in its tint; of a long node the first and the last tokens."""
     ids = node.tokens
     if len(ids) <= cap:
-        return _node_spans(node, 0, _pieces(tokenizer, _context(tree, node), ids))
+        return _node_spans(node, 0, pieces_of(tokenizer, context_of(tree, node), ids))
     tail = len(ids) - cap // 2
     head = cap - cap // 2
     return (
-        _node_spans(node, 0, _pieces(tokenizer, _context(tree, node), ids[:head]))
-        + f'<span class="cut"> … {_count(tail - head, "token")} … </span>'
-        + _node_spans(node, tail, _pieces(tokenizer, ids[tail - _CONTEXT : tail], ids[tail:]))
+        _node_spans(node, 0, pieces_of(tokenizer, context_of(tree, node), ids[:head]))
+        + f'<span class="cut"> … {number_of(tail - head, "token")} … </span>'
+        + _node_spans(node, tail, pieces_of(tokenizer, ids[tail - CONTEXT : tail], ids[tail:]))
     )
 
 
-def _node_spans(node: GenerationNode, offset: int, pieces: Iterable[_Piece]) -> str:
+def _node_spans(node: GenerationNode, offset: int, pieces: Iterable[Piece]) -> str:
     return _spans(node.tokens, None if node.is_prompt else node.logprobs, offset, pieces, set())
 
 
@@ -688,11 +410,11 @@ def _spans(
     tokens: Sequence[int],
     logprobs: Sequence[float] | None,
     offset: int,
-    pieces: Iterable[_Piece],
+    pieces: Iterable[Piece],
     marked: set[int],
 ) -> str:
     if logprobs is None:
-        return "".join(escape(shorten(_visible(piece.text), _MAX_PIECE)) for piece in pieces)
+        return "".join(escape(shorten(visible_text(piece.text), _MAX_PIECE)) for piece in pieces)
     spans = []
     for piece in pieces:
         start, stop = offset + piece.start, offset + piece.stop
@@ -700,7 +422,7 @@ def _spans(
         logprob = sum(logprobs[start:stop])
         mark = " mark" if any(i in marked for i in range(start, stop)) else ""
         tint = 0 if math.isnan(logprob) else bisect.bisect(_SURPRISES, -logprob)
-        text = escape(shorten(_visible(piece.text), _MAX_PIECE))
+        text = escape(shorten(visible_text(piece.text), _MAX_PIECE))
         ids = " ".join(map(str, tokens[start:stop]))
         name = f'"t{tint}{mark}"' if mark else f"t{tint}"
         spans.append(
