@@ -113,13 +113,16 @@ def share_of_experts(model: PreTrainedModel, work: Workload) -> float:
         if len(args[0]) == work.rows:
             shares.append(args[1].unique().numel() / experts.num_experts)
 
+    if not layers:
+        return 1.0
     handles = [layer.register_forward_pre_hook(count) for layer in layers]
-    if layers:
+    try:
         with enable_tree_attention(model, cuda_graphs=False):
             with_tree_generate(model, work, 8)
-    for handle in handles:
-        handle.remove()
-    return statistics.mean(shares) if shares else 1.0
+    finally:
+        for handle in handles:
+            handle.remove()
+    return statistics.mean(shares)
 
 
 def fits(model: PreTrainedModel, way: Way, work: Workload) -> bool:
@@ -193,11 +196,19 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def measure_way(
-    model: PreTrainedModel, shape: str, name: str, results: Results, deadline: float
+    model: PreTrainedModel,
+    shape: str,
+    name: str,
+    results: Results,
+    deadline: float,
+    shares: dict[Workload, float],
 ) -> None:
-    """Every workload of a shape in one way."""
+    """Every workload of a shape in one way.
+
+    Args:
+        shares: of the experts that each workload's rows hit.
+    """
     way = WAYS[name]
-    shares = {work: share_of_experts(model, work) for work in WORKLOADS[shape]}
     handle = None
     if way.enable is None:
         model.set_attn_implementation("sdpa")
@@ -289,9 +300,10 @@ def main(argv: list[str] | None = None) -> None:
             results.put({"shape": shape, "left_out": reason})
             continue
         model = build(shape, "cuda" if on_gpu else "cpu")
+        shares = {work: share_of_experts(model, work) for work in WORKLOADS[shape]}
         for name in arguments.only or (ORDER if shape in PROMPTS else FEW):
             if name in WAYS:
-                measure_way(model, shape, name, results, deadline)
+                measure_way(model, shape, name, results, deadline, shares)
             elif shape in PROMPTS:
                 measure_section(model, shape, name, results, deadline)
         del model

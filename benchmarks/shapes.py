@@ -129,7 +129,7 @@ def weight_bytes(name: str) -> int:
 def build(name: str, device: str = "cuda") -> PreTrainedModel:
     """The model ``name`` of :data:`SHAPES`, random, without an end-of-sequence token.
 
-    Embeddings outweigh what layers add, so that tokens choose experts of their own.
+    Where there are experts, embeddings outweigh what layers add, so that tokens choose their own.
     """
     model = outline(name).to_empty(device=device)
     config = model.config

@@ -6,9 +6,7 @@ and a query with several items has its parts merged by a merge item.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from heapq import heapify, heapreplace
 from math import log2
 
@@ -123,10 +121,10 @@ def schedule(
     most_queries = segments.num_members.max(initial=0)
     if small_tiles is not None and most_queries * group_size <= tiles.m_small:
         tiles = small_tiles
-    steps = _chunk_tokens(segments, tiles, group_size, num_sms / num_kv_heads, plan.block_size)
+    sms_per_head = num_sms / num_kv_heads
+    steps = _chunk_tokens(segments, tiles, group_size, sms_per_head, plan.block_size)
     items = _Items.of(segments, steps, tiles, group_size)
-    shape = partial(_merge_shape, tiles, group_size, num_sms / num_kv_heads)
-    return _work_list(plan, segments, items, tiles, group_size, shape, num_merged)
+    return _work_list(plan, segments, items, tiles, group_size, sms_per_head, num_merged)
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +315,7 @@ def _work_list(
     items: _Items,
     tiles: Tiles,
     group_size: int,
-    merge_shape: Callable[[int], tuple[int, int]],
+    sms_per_head: float,
     num_merged: int | None,
 ) -> WorkList:
     """Order the items, give slots to parts, add blanks and merges, write the records."""
@@ -348,7 +346,8 @@ def _work_list(
     width = tiles.m_large // group_size
     small = width if tiles.deterministic else tiles.m_small // group_size
     idle, merged = (num_seen == 0).nonzero()[0], num_parts.nonzero()[0]
-    merge_rows, merge_parts = merge_shape(len(merged) if num_merged is None else num_merged)
+    shaped_for = len(merged) if num_merged is None else num_merged
+    merge_rows, merge_parts = _merge_shape(tiles, group_size, sms_per_head, shaped_for)
     num_blanks, num_merges = -(-len(idle) // small), -(-len(merged) // (merge_rows // group_size))
     num_work = len(order) + num_blanks
     records = np.zeros((num_work + num_merges, FIELDS + 2 * width), np.int32)
