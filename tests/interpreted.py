@@ -21,6 +21,9 @@ import torch
 from interpreter import quicken
 from kernel_calls import Call, Family, append, call_over, grow, make_call
 from models import build
+from test_expert_units import CASES as EXPERTS
+from test_expert_units import draw as draw_experts
+from test_expert_units import error_of as error_of_experts
 from test_forward import (
     CASES,
     TOLERANCE,
@@ -37,6 +40,7 @@ from trees import SHAPES, ShadowTree
 from hf_tree_cache.attention.dispatch import run_tree_attention
 from hf_tree_cache.attention.plan import Window
 from hf_tree_cache.attention.tiles import Tiles, TileSet
+from hf_tree_cache.forward.experts import few_rows_experts
 from hf_tree_cache.forward.linear import MOST_ROWS, few_rows_gated, few_rows_linear
 from hf_tree_cache.integration.linears import DecodeLinears
 
@@ -169,7 +173,7 @@ def run_dispatch() -> list[str]:
 
 
 def run_forward() -> list[str]:
-    """Few rows through linear layers, norms and rotary embeddings."""
+    """Few rows through linear layers, experts, norms and rotary embeddings."""
     wrong = []
     for rows, widths, size in CASES:
         for bias in (False, True):
@@ -182,6 +186,11 @@ def run_forward() -> list[str]:
         error = error_of_gated(few_rows_gated(x, *weights), x, *weights)
         if not error < FP16_FACTOR * TOLERANCE[torch.float16]:
             wrong.append(f"{rows} rows, gated, {widths[0]} of {size}: off by {error:.1e}")
+    for case in EXPERTS:
+        inputs = draw_experts(*case, torch.float16, "cpu")
+        error = error_of_experts(few_rows_experts(*inputs), *inputs)
+        if not error < FP16_FACTOR * TOLERANCE[torch.float16]:
+            wrong.append(f"experts {case}: off by {error:.1e}")
     for error in (error_of_norm, error_of_rotary, error_of_gated_product):
         if not error(torch.float16, "cpu") < FP16_FACTOR * TOLERANCE[torch.float16]:
             wrong.append(f"{error.__name__}: {error(torch.float16, 'cpu'):.1e}")

@@ -44,7 +44,7 @@ def test_few_rows_fit(
     kernel, launched = linear.few_rows_kernel, Kernel()
     monkeypatch.setattr(linear, "few_rows_kernel", launched)
     room = min(linear.MOST_SHARED, LIMITS[arch].shared_block)
-    monkeypatch.setattr(linear, "_gpu", lambda device: linear.Gpu(132, room))
+    monkeypatch.setattr(linear, "gpu_of", lambda device: linear.Gpu(132, room))
     monkeypatch.setattr(linear, "can_overlap", lambda device: arch in OVERLAPPING)
     rows, widths, size = SHAPES[name]
     bf16 = torch.bfloat16

@@ -129,7 +129,7 @@ def _launch(
     widths = [len(weight) for weight in weights]
     if gated:
         widths[1] = 0
-    tile = choose_tile(len(rows), sum(widths), size, _gpu(x.device), gated=gated)
+    tile = choose_tile(len(rows), sum(widths), size, gpu_of(x.device), gated=gated)
     missing = MOST_WEIGHTS - len(weights)
     w = weights + [weights[0]] * missing
     b = (biases + [biases[0]] * missing) if biases else w
@@ -188,9 +188,14 @@ def choose_tile(rows: int, width: int, size: int, gpu: Gpu, *, gated: bool = Fal
     tile = TILES[kind][{16: 0, 32: 1, 64: 2}[padded]]
     if not gpu.multiplies_64:
         tile = tile._replace(rows=padded)
+    return fit(tile, size, gpu.shared, weights=1 + gated)
+
+
+def fit(tile: Tile, size: int, shared: int, *, weights: int = 1) -> Tile:
+    """``tile``, or less of it, for ``size`` inputs of so many weights in so many bytes."""
     while tile.k > 64 and size % tile.k:
         tile = tile._replace(k=tile.k // 2)
-    while tile.shared_bytes(1 + gated) > gpu.shared:
+    while tile.shared_bytes(weights) > shared:
         if tile.stages > FEW_STAGES:
             tile = tile._replace(stages=tile.stages - 1)
         elif tile.k > 64:
@@ -201,7 +206,8 @@ def choose_tile(rows: int, width: int, size: int, gpu: Gpu, *, gated: bool = Fal
 
 
 @cache
-def _gpu(device: torch.device) -> Gpu:
+def gpu_of(device: torch.device) -> Gpu:
+    """Of ``device``; without one, as an H200."""
     if device.type != "cuda":
         return Gpu(132, MOST_SHARED)
     properties = torch.cuda.get_device_properties(device)

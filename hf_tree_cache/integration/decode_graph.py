@@ -20,6 +20,7 @@ from ..errors import InvalidArgument
 from .cache import TreeCache
 from .compiled import CompiledLayers
 from .decode_call import Call, outward, read_call, without_cache
+from .expert_units import ExpertUnits
 from .fingerprint import find_hook, fingerprint
 from .gated import GatedUnits
 from .layers import PagedLayer
@@ -177,6 +178,7 @@ class DecodeGraphs:
         self._model = model
         self._linears = DecodeLinears((), join=False)
         self._gated = GatedUnits(())
+        self._experts = ExpertUnits(())
         self._small_steps = SmallSteps(())
         self._kinds: dict[Hashable, _Kind] = {}
         self._programs: dict[Call, _Program] = {}
@@ -236,6 +238,7 @@ class DecodeGraphs:
                 stack.enter_context(_without_padding_check(self._model))
                 stack.enter_context(self._linears.switched())
                 stack.enter_context(self._gated.switched())
+                stack.enter_context(self._experts.switched())
                 stack.enter_context(self._small_steps.switched())
                 if compiled is not None:
                     stack.enter_context(compiled.swapped(static, cache.layers))
@@ -365,6 +368,7 @@ class DecodeGraphs:
         if not (self._linears and self._linears.intact):
             self._linears = DecodeLinears(self._model.modules(), join=compiled is not None)
         self._gated = GatedUnits(self._model.modules())
+        self._experts = ExpertUnits(self._model.modules())
         # Within compiled layers they are the compiler's.
         layers = [] if compiled is None else compiled.layers
         inside = [part for layer in layers for part in layer.modules()]

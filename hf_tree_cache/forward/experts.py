@@ -1,0 +1,126 @@
+"""Few rows through sparse experts: what the kernels serve, four launches."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import triton
+from triton import knobs
+
+from ..overlap import can_overlap, launch_options
+from .experts_kernel import add_up_kernel, experts_kernel, group_pairs_kernel
+from .linear import Tile, fit, gpu_of
+
+MOST_PAIRS = 4096
+"""Of a row and an expert that it chose; an expert's program looks through all of them."""
+
+MOST_EACH = 64
+"""Pairs of an expert, on average, up to which reading its weight takes longer than multiplying."""
+
+MANY_EACH = 16
+
+TILES = {
+    # up to MANY_EACH pairs of an expert, on average; more. Measured on an H200, see docs/log.md
+    "gated": (Tile(32, 64, 128, 3), Tile(64, 64, 64, 4)),
+    "down": (Tile(32, 128, 128, 3), Tile(64, 128, 64, 4)),
+}
+
+ADDED = 1024
+"""Numbers of a row that a program adds up."""
+
+
+def find_obstacle(gate_up: torch.Tensor, down: torch.Tensor) -> str | None:
+    """Why the kernels cannot serve experts with these weights; None if they can."""
+    for weight in (gate_up, down):
+        if weight.device.type != "cuda" and not knobs.runtime.interpret:
+            return f"weights are on {weight.device.type}"
+        if weight.dtype not in (torch.bfloat16, torch.float16) or weight.ndim != 3:
+            return f"weights are {weight.ndim}-dimensional {weight.dtype}"
+        if not weight.is_contiguous() or weight.shape[2] % 8 or weight.data_ptr() % 16:
+            return "rows of weights are not aligned to 16 bytes"
+    experts, width, size = down.shape
+    if gate_up.shape != (experts, 2 * size, width) or gate_up.dtype != down.dtype:
+        return f"weights of {tuple(gate_up.shape)} and {tuple(down.shape)} do not match"
+    if 2 * size * width >= 1 << 31:
+        return "an expert has too many weights"
+    if torch.version.hip or (down.is_cuda and torch.cuda.get_device_capability(down.device)[0] < 8):
+        return "they are on a GPU where this was not tried"
+    return None
+
+
+@torch.library.custom_op("hf_tree_cache::few_rows_experts", mutates_args=())
+def few_rows_experts(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    chosen: torch.Tensor,
+    shares: torch.Tensor,
+) -> torch.Tensor:
+    """Each row through the experts that it chose, weighted and added up in float32.
+
+    Args:
+        x: ``[rows, H]``, bfloat16 or float16 as the weights.
+        gate_up: ``[E, 2 I, H]`` contiguous, gates first; their activation is silu.
+        down: ``[E, H, I]`` contiguous.
+        chosen: ``[rows, top]`` integers below E, as many as :func:`is_small` allows.
+        shares: ``[rows, top]``.
+
+    Returns:
+        ``[rows, H]``.
+    """
+    rows, top = chosen.shape
+    num_experts, width, size = down.shape
+    num_pairs = rows * top
+    tiles = choose_tiles(num_pairs, num_experts, width, size, gpu_of(x.device).shared)
+    pairs = chosen.new_empty(num_experts, num_pairs, dtype=torch.int32)
+    counts = chosen.new_empty(num_experts, dtype=torch.int32)
+    hidden = x.new_empty(num_pairs, size)
+    parts = x.new_empty(num_pairs, width, dtype=torch.float32)
+    y = x.new_empty(rows, width)
+    overlap = can_overlap(x.device)
+    options = launch_options(overlap)
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        group_pairs_kernel[(num_experts,)](
+            chosen.contiguous(), pairs, counts, num_pairs,
+            PAIRS=max(16, triton.next_power_of_2(num_pairs)), OVERLAP=overlap, num_warps=4,
+            **options,
+        )  # fmt: skip
+        for rows_in, weight, out, tile in zip(
+            (x.contiguous(), hidden), (gate_up, down), (hidden, parts), tiles, strict=True
+        ):
+            experts_kernel[(triton.cdiv(out.shape[1], tile.n), num_experts)](
+                rows_in, weight, pairs, counts, shares.contiguous(), out, num_pairs,
+                N=out.shape[1], K=rows_in.shape[1], TOP=top, ROWS=tile.rows, TILE_N=tile.n,
+                TILE_K=tile.k, STAGES=tile.stages, GATED=out is hidden, PRECISION="ieee",
+                OVERLAP=overlap, num_warps=4, **options,
+            )  # fmt: skip
+        add_up_kernel[(rows, triton.cdiv(width, ADDED))](
+            parts, y, N=width, TOP=top, TILE=ADDED, OVERLAP=overlap, num_warps=4, **options
+        )
+    return y
+
+
+def is_small(num_pairs: int, num_experts: int) -> bool:
+    """Whether so many pairs are few enough for the kernels to be the faster way."""
+    return num_pairs <= min(MOST_PAIRS, MOST_EACH * num_experts)
+
+
+def choose_tiles(
+    num_pairs: int, num_experts: int, width: int, size: int, shared: int
+) -> tuple[Tile, Tile]:
+    """Of both projections, in so many bytes of shared memory for a program."""
+    are_many = num_pairs >= MANY_EACH * num_experts
+    gated, down = (tiles[are_many] for tiles in TILES.values())
+    return fit(gated, width, shared, weights=2), fit(down, size, shared)
+
+
+@few_rows_experts.register_fake
+def _(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    chosen: torch.Tensor,
+    shares: torch.Tensor,
+) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

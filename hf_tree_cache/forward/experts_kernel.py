@@ -1,0 +1,127 @@
+"""Kernels for sparse experts of a few rows. Prefixes as in :mod:`.kernels`.
+
+A pair is of a row and an expert that it chose; there are TOP of them for each row, in order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def group_pairs_kernel(
+    p_chosen,  # [pairs] the expert of each
+    p_pairs,  # [E, pairs] those of each expert, in order
+    p_counts,  # [E] how many
+    num_pairs,
+    PAIRS: tl.constexpr,  # num_pairs padded
+    OVERLAP: tl.constexpr,
+):
+    """A program an expert, which looks through all pairs: a sort would take longer."""
+    i_expert = tl.program_id(0)
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    o_pair = tl.arange(0, PAIRS)
+    b_chosen = tl.load(p_chosen + o_pair, mask=o_pair < num_pairs, other=-1)
+    m_mine = b_chosen == i_expert
+    b_mine = m_mine.to(tl.int32)
+    b_place = tl.cumsum(b_mine, 0) - 1
+    tl.store(p_pairs + i_expert * num_pairs + b_place, o_pair, mask=m_mine)
+    tl.store(p_counts + i_expert, tl.sum(b_mine, 0))
+
+
+@triton.jit
+def experts_kernel(
+    p_x,  # [rows, K]; or, if not GATED, [pairs, K]
+    p_w,  # [E, 2 N, K], gates first; or [E, N, K]
+    p_pairs,  # [E, pairs]
+    p_counts,  # [E]
+    p_shares,  # [pairs] what the expert's output is multiplied with, if not GATED
+    p_y,  # [pairs, N]
+    num_pairs,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TOP: tl.constexpr,
+    ROWS: tl.constexpr,  # pairs that are computed together
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    GATED: tl.constexpr,  # silu(first half) * second half
+    PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One projection of all experts: bound by reading the weights of those that were chosen.
+
+    One program makes a few outputs of one expert, over all of their inputs, so that nothing is
+    added up between programs.
+    """
+    i_expert = tl.program_id(1)
+    o_n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+    o_k = tl.arange(0, TILE_K)
+    o_row = tl.arange(0, ROWS)
+    # Rows of a weight beyond its last are that one again: a mask would cost more.
+    o_w = tl.minimum(o_n, N - 1)[:, None] * K + o_k[None, :]
+    p_expert = p_w + i_expert.to(tl.int64) * (N * K * (2 if GATED else 1))
+    m_n = o_n < N
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    count = tl.load(p_counts + i_expert)
+    for first in tl.range(0, count, ROWS, num_stages=1):
+        m_row = first + o_row < count
+        b_pair = tl.load(p_pairs + i_expert * num_pairs + first + o_row, mask=m_row, other=0)
+        b_from = b_pair // TOP if GATED else b_pair
+        p_xs = p_x + b_from[:, None] * K + o_k[None, :]
+        p_ws = p_expert + o_w
+        p_us = p_ws + N * K
+        b_y = tl.zeros([ROWS, TILE_N], tl.float32)
+        b_up = tl.zeros([ROWS, TILE_N], tl.float32)
+        for k in tl.range(0, K, TILE_K, num_stages=STAGES):
+            if K % TILE_K == 0:
+                b_w = tl.load(p_ws)  # [TILE_N, TILE_K]
+                if GATED:
+                    b_u = tl.load(p_us)
+                b_x = tl.load(p_xs, mask=m_row[:, None], other=0.0)  # [ROWS, TILE_K]
+            else:
+                m_k = (k + o_k < K)[None, :]
+                b_w = tl.load(p_ws, mask=m_k, other=0.0)
+                if GATED:
+                    b_u = tl.load(p_us, mask=m_k, other=0.0)
+                b_x = tl.load(p_xs, mask=m_row[:, None] & m_k, other=0.0)
+            b_y = tl.dot(b_x, tl.trans(b_w), b_y, input_precision=PRECISION)
+            if GATED:
+                b_up = tl.dot(b_x, tl.trans(b_u), b_up, input_precision=PRECISION)
+            p_ws += TILE_K
+            p_us += TILE_K
+            p_xs += TILE_K
+        if GATED:
+            b_y = b_y * tl.sigmoid(b_y) * b_up
+        else:
+            b_y *= tl.load(p_shares + b_pair, mask=m_row, other=0.0).to(tl.float32)[:, None]
+        p_ys = p_y + b_pair[:, None] * N + o_n[None, :]
+        tl.store(p_ys, b_y.to(p_y.dtype.element_ty), mask=m_row[:, None] & m_n[None, :])
+
+
+@triton.jit
+def add_up_kernel(
+    p_parts,  # [rows, TOP, N]
+    p_y,  # [rows, N]
+    N: tl.constexpr,
+    TOP: tl.constexpr,
+    TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """A program a row and tile, always in the same order."""
+    i_row = tl.program_id(0)
+    o_n = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    m_n = o_n < N
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    b_y = tl.zeros([TILE], tl.float32)
+    for i_top in tl.static_range(TOP):
+        b_y += tl.load(p_parts + (i_row * TOP + i_top) * N + o_n, mask=m_n, other=0.0)
+    tl.store(p_y + i_row * N + o_n, b_y.to(p_y.dtype.element_ty), mask=m_n)
