@@ -30,6 +30,8 @@ from hf_tree_cache import (
     enable_tree_attention,
     tree_generate,
 )
+from hf_tree_cache.forward.linear import MOST_ROWS
+from hf_tree_cache.integration import linears as linears_module
 from hf_tree_cache.integration.fingerprint import find_hook, fingerprint
 from hf_tree_cache.integration.linears import DecodeLinears
 from hf_tree_cache.integration.op_record import OpRecord, first_difference
@@ -192,6 +194,43 @@ def test_what_cannot_be_joined_stays_apart():
     assert len(DecodeLinears(list(layer.modules()), join=True)) == 0
 
 
+def test_narrow_neighbours_are_joined_when_batches_grow(monkeypatch):
+    layer = build("qwen2").model.layers[0]
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    assert not DecodeLinears(list(layer.modules()), join=False).gain_if_joined  # float32, a CPU
+    monkeypatch.setattr(linears_module, "find_obstacle", lambda child: None)
+    x = torch.randn(MOST_ROWS + 1, 1, layer.self_attn.q_proj.in_features)
+    want = layer.self_attn.v_proj(x)
+    weights = [layer.self_attn.q_proj.weight, layer.mlp.up_proj.weight]
+    before = [weight.data_ptr() for weight in weights]
+    monkeypatch.setattr(linears_module, "NARROW", layer.self_attn.k_proj.out_features + 1)
+    linears = DecodeLinears(list(layer.modules()), join=False)
+    assert linears.gain_if_joined and before == [weight.data_ptr() for weight in weights]
+    linears.join()
+    assert linears.intact and not linears.gain_if_joined
+    moved = [weight.data_ptr() != place for weight, place in zip(weights, before, strict=True)]
+    assert moved == [True, False]  # gate and up are wide enough
+    with linears.switched():
+        assert (layer.self_attn.v_proj(x) - want).abs().max() < 1e-6
+    linears.release()
+    assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+
+
+def test_without_memory_neighbours_stay_apart(monkeypatch):
+    layer = build("qwen2").model.layers[0]
+    monkeypatch.setattr(linears_module, "find_obstacle", lambda child: None)
+    linears = DecodeLinears(list(layer.modules()), join=False)
+    places = [parameter.data_ptr() for parameter in layer.parameters()]
+
+    def fail(tensors):
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(torch, "cat", fail)
+    linears.join()
+    assert linears.intact and not linears.gain_if_joined
+    assert places == [parameter.data_ptr() for parameter in layer.parameters()]
+
+
 def on_gpu(name, dtype=torch.float32):
     inputs = {key: value.cuda() for key, value in prompts(name, dtype).items()}
     return build(name, dtype).cuda(), inputs
@@ -260,6 +299,40 @@ def test_a_tree_grows_shrinks_and_finishes_in_graphs():
     assert on.sequences.tolist() == off.sequences.tolist()
     assert (on.logprobs - off.logprobs).abs().nan_to_num().max() < 1e-4
     assert handle.graphs.replayed > 20, handle.graphs
+
+
+@pytest.mark.gpu
+def test_a_batch_that_outgrows_the_kernels_joins_weights_and_gives_them_back():
+    model, inputs = on_gpu("qwen2", torch.bfloat16)
+    inputs = {key: value[:1] for key, value in inputs.items()}
+    rows = {"few": 4, "many": MOST_ROWS + 6}
+    options = {"do_sample": True, "max_new_tokens": 16}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    attention = model.model.layers[0].self_attn
+
+    def storages():
+        weights = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
+        return len({weight.untyped_storage().data_ptr() for weight in weights})
+
+    with enable_tree_attention(model, cuda_graphs=False):
+        off = run(
+            model, inputs, past_key_values=TreeCache(), num_return_sequences=rows["many"], **options
+        )
+    with enable_tree_attention(model, cuda_graphs=True) as handle:
+        for name in ("few", "many", "few", "many"):
+            count = rows[name]
+            before = storages(), handle.graphs.replayed
+            on = run(
+                model, inputs, past_key_values=TreeCache(), num_return_sequences=count, **options
+            )
+            assert storages() == (1 if name == "many" else before[0])
+            assert handle.graphs.replayed > before[1] + 8, handle.graphs
+            assert not handle.graphs.eager
+        torch.testing.assert_close(
+            *(torch.stack(each.logits)[:2].float() for each in (on, off)), rtol=0, atol=0.1
+        )
+    assert storages() == 3
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.gpu

@@ -18,6 +18,7 @@ from hf_tree_cache.forward import experts
 from hf_tree_cache.forward.experts import few_rows_experts, is_small
 from hf_tree_cache.integration import expert_units
 from hf_tree_cache.integration.expert_units import ExpertUnits
+from hf_tree_cache.integration.fingerprint import fingerprint
 
 CASES = [
     # rows, experts, width, inner size, chosen of each row
@@ -211,6 +212,11 @@ def test_what_the_kernels_do_not_serve_is_left_to_the_model(
     monkeypatch.setitem(ExpertsInterface._global_mapping, "my own", by_module)
     model.set_experts_implementation("my own")
     assert differ(3) == 0 and calls == [3, most]
+    own = fingerprint(model)
+    model.set_experts_implementation("eager")
+    eager = fingerprint(model)
+    model.set_experts_implementation("batched_mm")
+    assert fingerprint(model) == eager != own
     with pytest.raises(ZeroDivisionError), units.switched():
         assert type(unit) is not theirs
         raise ZeroDivisionError

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from triton import knobs
 
 from ..errors import InvalidArgument
+from ..forward.linear import MOST_ROWS
 from .cache import TreeCache
 from .compiled import CompiledLayers
 from .decode_call import Call, outward, read_call, without_cache
@@ -217,7 +218,13 @@ class DecodeGraphs:
     def _run(
         self, forward: Callable[..., Any], cache: TreeCache, step: Step, kwargs: dict[str, Any]
     ) -> Any:
+        rows = len(step.counts)
+        bucket = bucket_of(rows)
         place = self._look_at(cache)
+        if bucket > MOST_ROWS and self._linears.gain_if_joined:
+            self._linears.join()
+            self._place = None
+            place = self._look_at(cache)
         kind, static = place.kind, place.kind.static
         call = read_call(step, kwargs)
         program = self._programs.get(call)
@@ -225,8 +232,6 @@ class DecodeGraphs:
             program = self._programs[call] = _Program(call)
         if program.obstacle is not None:
             raise NotCapturable(program.obstacle)
-        rows = len(step.counts)
-        bucket = bucket_of(rows)
         inputs = program.inputs.get(bucket)
         if inputs is None:
             inputs = program.inputs[bucket] = call.make_inputs(bucket, place.device)
@@ -363,7 +368,7 @@ class DecodeGraphs:
         return self._look_at(cache)
 
     def _look_at_parts(self) -> None:
-        """Find what has ways of ours anew, and join neighbours if layers are compiled."""
+        """Find what has ways of ours anew, and join all neighbours if layers are compiled."""
         compiled = self._compiled
         if not (self._linears and self._linears.intact):
             self._linears = DecodeLinears(self._model.modules(), join=compiled is not None)

@@ -12,13 +12,11 @@ import torch
 from torch import nn
 
 from ..forward.experts import few_rows_experts, find_obstacle, is_small
+from .experts import EQUAL_IMPLEMENTATIONS
 from .trial import WITHIN, agree, made_up
 
 PARTS = {"gate_up_proj", "down_proj"}
 """Names of the parameters, as transformers' decorator of experts expects them."""
-
-IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
-"""Transformers' own, whose results are the same; a model with another keeps it."""
 
 UNUSUAL = ("has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
 """Marks of that decorator for experts that compute something else."""
@@ -61,7 +59,7 @@ def _fuse(kind: type[nn.Module]) -> type[nn.Module]:
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
         x, chosen, shares = hidden_states, top_k_index, top_k_weights
-        is_theirs = self.config._experts_implementation in IMPLEMENTATIONS
+        is_theirs = self.config._experts_implementation in EQUAL_IMPLEMENTATIONS
         same = x.dtype == self.down_proj.dtype and chosen.shape == shares.shape
         are_few = x.ndim == chosen.ndim == 2 and is_small(chosen.numel(), len(self.down_proj))
         if is_theirs and same and are_few:

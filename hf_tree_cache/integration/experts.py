@@ -10,6 +10,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+EQUAL_IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+"""Transformers' own, whose results are the same but for rounding."""
+
 FEWEST_ROWS = 2
 """Rows from which grouped products beat products over copies, as measured (docs/log.md)."""
 

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from .experts import EQUAL_IMPLEMENTATIONS
+
 
 def fingerprint(model: nn.Module) -> Hashable:
     """Equal as long as nothing has moved that a captured forward reads.
 
     Covers the addresses of parameters, buffers and other tensors that modules hold, their modes,
-    and adapters (PEFT); values may change in place.
+    adapters (PEFT), and experts implementations other than transformers' own; values may change
+    in place.
     """
     return tuple(_facts(model))
 
@@ -38,6 +41,9 @@ def _facts(model: nn.Module) -> Iterator[Any]:
             chosen = getattr(module, name, None) if "base_layer" in module._modules else None
             if chosen is not None:
                 yield tuple(chosen) if isinstance(chosen, list) else str(chosen)
+        if "has_gate" in vars(module):
+            chosen = getattr(vars(module).get("config"), "_experts_implementation", None)
+            yield None if chosen in EQUAL_IMPLEMENTATIONS else chosen
 
 
 def _addresses(tensor: torch.Tensor) -> Iterator[int]:

@@ -19,6 +19,9 @@ from ..forward.linear import MOST_ROWS, few_rows_linear, find_obstacle
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of neighbours that models apply to one input."""
 
+NARROW = 8192
+"""Outputs of the narrowest neighbour, below which products fill a large GPU only together."""
+
 
 class DecodeLinears:
     """The plain linears among ``parts``; outside of :meth:`switched` they compute as ever.
@@ -45,6 +48,7 @@ class DecodeLinears:
             for children in groups
             if (group := _Group(children, join=join and len(children) > 1)).is_of_use
         ]
+        self._to_join = [group for group in self._groups if group.gains_if_joined]
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -53,6 +57,20 @@ class DecodeLinears:
     def intact(self) -> bool:
         """Whether the weights are still those that were found or made."""
         return all(group.intact for group in self._groups)
+
+    @property
+    def gain_if_joined(self) -> bool:
+        """Whether :meth:`join` would make batches of many rows faster."""
+        return bool(self._to_join)
+
+    def join(self) -> None:
+        """Narrow neighbours share one weight from now on, as far as there is memory."""
+        joining, self._to_join = self._to_join, []
+        try:
+            for group in joining:
+                group.join()
+        except torch.OutOfMemoryError:  # for a moment a weight is there twice
+            return
 
     @contextmanager
     def switched(self) -> Iterator[None]:
@@ -70,7 +88,7 @@ class DecodeLinears:
         """Give every weight memory of its own again."""
         for group in self._groups:
             group.release()
-        self._groups = []
+        self._groups, self._to_join = [], []
 
 
 class _DecodeLinear(nn.Linear):
@@ -119,18 +137,24 @@ class _Group:
             ends.append(ends[-1] + child.out_features)
         self.spans = list(itertools.pairwise(ends))
         self.count = len(children)
-        if join:
-            self._join()
         # The parameters themselves: memory that a model moves away from is not held here.
         self.weights: list[torch.Tensor] = [child.weight for child in children]
         self.biases: list[torch.Tensor] = [x.bias for x in children if x.bias is not None]
-        self._places = self._look()
         self.takes_few = all(find_obstacle(child) is None for child in children)
+        self._places = self._look()
+        if join:
+            self.join()
         self.forget()
 
     @property
     def is_of_use(self) -> bool:
         return self.takes_few or self.joined is not None
+
+    @property
+    def gains_if_joined(self) -> bool:
+        # In float32 a product of another width may differ in its last digits.
+        is_narrow = min(child.out_features for child in self.children) < NARROW
+        return self.count > 1 and self.takes_few and self.joined is None and is_narrow
 
     @property
     def intact(self) -> bool:
@@ -140,6 +164,18 @@ class _Group:
         self.x: torch.Tensor | None = None
         self.y: torch.Tensor | None = None
         self.left = 0
+
+    def join(self) -> None:
+        has_bias = self.children[0].bias is not None
+        with torch.no_grad(), torch.inference_mode(False):
+            weight = torch.cat([child.weight for child in self.children])
+            bias = torch.cat([child.bias for child in self.children]) if has_bias else None
+        self.joined, self.joined_bias = weight, bias
+        for child, (first, last) in zip(self.children, self.spans, strict=True):
+            child.weight.data = weight[first:last]
+            if bias is not None:
+                child.bias.data = bias[first:last]
+        self._places = self._look()
 
     def release(self) -> None:
         if self.joined is not None:
@@ -161,16 +197,6 @@ class _Group:
         now: list[torch.Tensor] = [child.weight for child in self.children]
         now += [child.bias for child in self.children if child.bias is not None]
         return [(id(x), x.data_ptr()) for x in now]
-
-    def _join(self) -> None:
-        with torch.no_grad(), torch.inference_mode(False):
-            self.joined = torch.cat([child.weight for child in self.children])
-            if self.children[0].bias is not None:
-                self.joined_bias = torch.cat([child.bias for child in self.children])
-        for child, (first, last) in zip(self.children, self.spans, strict=True):
-            child.weight.data = self.joined[first:last]
-            if self.joined_bias is not None:
-                child.bias.data = self.joined_bias[first:last]
 
 
 def is_plain(module: nn.Linear) -> bool:
