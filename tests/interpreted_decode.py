@@ -11,6 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -32,6 +33,7 @@ from hf_tree_cache import (
     enable_tree_attention,
     tree_generate,
 )
+from hf_tree_cache.forward.small import Rotation
 
 
 def main() -> None:
@@ -39,6 +41,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for compile in (False, True) if "--compile" in sys.argv else (False,):
         run(compile)
+    in_half_precision()
 
 
 def run(compile: bool) -> None:
@@ -86,10 +89,37 @@ def run(compile: bool) -> None:
     behind_a_window(compile)
 
 
+def in_half_precision() -> None:
+    """Kernels of ours compute what surrounds attention; storing keys takes a rotation along."""
+    stored = []
+    write = Rotation.write
+
+    def noted(rotation: Rotation, *where: Any) -> None:
+        stored.append(bool(where))
+        write(rotation, *where)
+
+    torch.manual_seed(0)
+    model = tiny(LlamaConfig, LlamaForCausalLM, num_hidden_layers=2).half()
+    ids = torch.tensor([[3, 5, 9], [4, 4, 1]])
+    options = {"max_new_tokens": 6, "output_logits": True, "return_dict_in_generate": True}
+    dense = model.generate(ids, do_sample=False, **options)
+    with enable_tree_attention(model, cuda_graphs=True) as handle:
+        cache = TreeCache(poison=True, block_size=4)
+        with patch.object(Rotation, "write", noted):
+            ours = model.generate(ids, past_key_values=cache, do_sample=False, **options)
+        cache.check_integrity()
+        assert not cache.dense_reads and not handle.graphs.eager
+    assert ours.sequences.tolist() == dense.sequences.tolist()
+    error = (torch.stack(ours.logits) - torch.stack(dense.logits)).abs().max()
+    assert error < 4e-3, error
+    layers, steps = model.config.num_hidden_layers, options["max_new_tokens"] - 1
+    assert stored.count(True) == layers * steps and len(stored) < 2 * layers * steps, stored
+
+
 def tiny(config: type[PretrainedConfig], kind: type[PreTrainedModel], **options: int) -> Any:
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32}
     heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-    model: Any = kind(config(**sizes, **heads, **options)).eval()
+    model: Any = kind(config(**{**sizes, **heads, **options})).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model

@@ -328,9 +328,8 @@ def test_a_batch_that_outgrows_the_kernels_joins_weights_and_gives_them_back():
             assert storages() == (1 if name == "many" else before[0])
             assert handle.graphs.replayed > before[1] + 8, handle.graphs
             assert not handle.graphs.eager
-        torch.testing.assert_close(
-            *(torch.stack(each.logits)[:2].float() for each in (on, off)), rtol=0, atol=0.1
-        )
+        first, other = (torch.stack(each.logits)[:2].float() for each in (on, off))
+        assert (first - other).norm() < 0.02 * other.norm()
     assert storages() == 3
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 

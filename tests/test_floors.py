@@ -72,7 +72,7 @@ FLOORS = {
     "attention.launch": 6,
     "integration.trial": 5,
     "integration.linears": 6,
-    "integration.pending_sums": 6,
+    "integration.pending": 6,
     "integration.small_steps": 7,
     "integration.gated": 7,
     "forward.experts": 6,

@@ -23,13 +23,14 @@ from hf_tree_cache.forward.linear import (
     few_rows_linear,
     find_obstacle,
 )
-from hf_tree_cache.forward.small import Sum, gated_product, make_rotary, rms_norm
+from hf_tree_cache.forward.small import Rotation, Sum, gated_product, make_rotary, rms_norm
 from hf_tree_cache.integration import gated as gated_module
 from hf_tree_cache.integration import linears as linears_module
 from hf_tree_cache.integration.gated import GatedUnits
 from hf_tree_cache.integration.linears import DecodeLinears
-from hf_tree_cache.integration.pending_sums import PendingSums
+from hf_tree_cache.integration.pending import Pending
 from hf_tree_cache.integration.small_steps import SmallSteps
+from hf_tree_cache.memory.scatter import Slots
 
 TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 5e-4}
 
@@ -302,7 +303,7 @@ def test_norms_take_the_sum_before_them_along(monkeypatch):
     monkeypatch.setattr(module, "rms_norm", counted)
     with steps.switched():
         got = model(ids).logits
-    monkeypatch.setattr(module, "PendingSums", lambda sizes: nullcontext())
+    monkeypatch.setattr(module, "Pending", lambda sizes: nullcontext())
     monkeypatch.setattr(SmallSteps, "_take", lambda self, x: None)
     with steps.switched():
         want = model(ids).logits
@@ -315,17 +316,17 @@ def test_norms_take_the_sum_before_them_along(monkeypatch):
 @torch.no_grad()
 def test_a_sum_that_no_norm_takes_is_written_before_anyone_reads_it():
     x, y = torch.randn(2, 3, 1, 8, dtype=torch.bfloat16)
-    with Sums() as written, PendingSums({8}) as sums:
+    with Sums() as written, Pending({8}) as sums:
         first = x + y
         assert written.count == 0
         second = first * 2
         assert written.count == 1
         third = x + y
-        added = sums.take(third)
-        assert added is not None and sums.take(third) is None
+        added = sums.take_sum(third)
+        assert added is not None and sums.take_sum(third) is None
         added.write()
         left = x + y
-        assert sums.take(first) is None
+        assert sums.take_sum(first) is None
         for other in (x.float() + y.float(), x[:, 0] + y[:, 0], x[..., :4] + y[..., :4], x + 1):
             assert other.shape
         assert written.count == 3 + 4
@@ -334,6 +335,38 @@ def test_a_sum_that_no_norm_takes_is_written_before_anyone_reads_it():
     for got, want in ((first, x + y), (second, (x + y) * 2), (third, x + y), (left, x + y)):
         assert torch.equal(got, want)
     assert torch.equal(last, x + (x + y))
+
+
+class Noted(Rotation):
+    """Notes what it is written with."""
+
+    def __init__(self, written):
+        tensors = torch.zeros(6, 2, 1, 1, 4)
+        super().__init__(*tensors)
+        object.__setattr__(self, "written", written)
+
+    def write(self, values=None, slots=None):
+        self.written.append(slots)
+
+
+def test_a_rotation_waits_for_the_next_operator_or_for_whoever_takes_it():
+    written = []
+    one, other = Noted(written), Noted(written)
+    with Pending({8}) as pending:
+        pending.hold(one)
+        assert written == []
+        assert pending.take_rotation(one.k_out) is one
+        assert pending.take_rotation(one.k_out) is None and written == []
+        pending.hold(one)
+        pending.hold(other)  # one thing waits at a time
+        assert len(written) == 1
+        assert pending.take_sum(other.k_out) is None and len(written) == 1
+        # Those who store other keys may have been given the waiting queries.
+        assert pending.take_rotation(one.k_out) is None and len(written) == 2
+        pending.hold(one)
+        assert one.q_out.view(-1).shape == (8,) and len(written) == 3
+        pending.hold(other)
+    assert len(written) == 4
 
 
 def test_a_sum_is_written_where_the_kernel_does_not_serve_its_norm(monkeypatch):
@@ -404,6 +437,26 @@ def error_of_gated_product(dtype, device):
     return worst
 
 
+def store(rotation):
+    """Rotate and store; keys and values, and nothing else, are in the slots then."""
+    k_out = rotation.k_out
+    rows, num_heads, _, size = k_out.shape
+    block_size, v_size = 4, size + 2
+    # As a view of all heads of a row, and a row behind the last that is in use.
+    values = torch.randn(rows, 1, num_heads * v_size).to(k_out).unflatten(-1, (-1, v_size))
+    values = values.transpose(1, 2)
+    used = max(1, rows - 1)
+    planes = [k_out.new_full((2 * rows, block_size, num_heads, n), 7) for n in (size, v_size)]
+    expected = [plane.clone() for plane in planes]
+    blocks = [torch.randperm(2 * rows)[:rows] for _ in planes]
+    offsets = torch.randint(block_size, (rows,))
+    ints = [x.int().to(k_out.device) for x in (torch.tensor([used]), *blocks, offsets)]
+    rotation.write(values, Slots(*planes, *ints, block_size))
+    for plane, block, new in zip(expected, blocks, (k_out, values), strict=True):
+        plane[block[:used], offsets[:used]] = new[:used, :, 0]
+    assert all(torch.equal(one, other) for one, other in zip(planes, expected, strict=True))
+
+
 def error_of_rotary(dtype, device):
     torch.manual_seed(0)
 
@@ -419,6 +472,8 @@ def error_of_rotary(dtype, device):
         )
         cos, sin = torch.randn(2, rows, 1, size).to(dtype).to(device)
         got = make_rotary(refused)(q, k, cos, sin)
+        again = make_rotary(refused, store)(q, k, cos, sin)
+        assert all(torch.equal(one, other) for one, other in zip(got, again, strict=True))
         want = halves(*(x.double() for x in (q, k, cos, sin)))
         for one, other in zip(got, want, strict=True):
             assert one.shape == other.shape and one.dtype == dtype

@@ -14,6 +14,7 @@ from test_sampling_compiles import Kernel, check
 
 from hf_tree_cache.attention.tiles import LIMITS
 from hf_tree_cache.forward import linear, small
+from hf_tree_cache.memory.scatter import Slots
 
 NVIDIA = [arch for arch in LIMITS if arch.startswith("sm_")]
 SHAPES = {
@@ -81,4 +82,11 @@ def test_small_steps_fit(arch: str, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     q, k = (torch.empty(3, heads, 1, 128, dtype=x.dtype) for heads in (64, 8))
     cos, sin = torch.empty(2, 3, 1, 128, dtype=x.dtype)
     small.make_rotary(lambda *args: pytest.fail("not served"))(q, k, cos, sin)
+    check(arch, kernel, launched, tmp_path)
+    ints = torch.empty(4, 3, dtype=torch.int32)
+    slots = Slots(*torch.empty(2, 9, 16, 8, 128, dtype=x.dtype), *ints, 16)
+    small.make_rotary(
+        lambda *args: pytest.fail("not served"), lambda rotation: rotation.write(k, slots)
+    )(q, k, cos, sin)
+    assert launched.options["STORE"]
     check(arch, kernel, launched, tmp_path)

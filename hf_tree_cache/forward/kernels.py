@@ -170,15 +170,29 @@ def rotary_kernel(
     p_sin,
     p_q_out,  # [rows, Hq, D]
     p_k_out,
+    p_v,  # [rows, Hkv, DV]; this and what follows as in :mod:`..memory.scatter`, if STORE
+    p_k_plane,
+    p_v_plane,
+    p_num_rows,
+    p_k_blocks,
+    p_v_blocks,
+    p_offsets,
     stride_qb,
     stride_qh,
     stride_kb,
     stride_kh,
+    stride_vb,
+    stride_vh,
     HQ: tl.constexpr,
     HKV: tl.constexpr,
     D: tl.constexpr,
+    DV: tl.constexpr,
     HEADS: tl.constexpr,  # the larger number of heads, padded
+    HKVP: tl.constexpr,  # padded
     HALF: tl.constexpr,  # D // 2, padded
+    DVP: tl.constexpr,
+    S: tl.constexpr,
+    STORE: tl.constexpr,  # keys, and values as they are
     OVERLAP: tl.constexpr,
 ):
     """Rotates the halves of each head against each other; a program a row and tensor."""
@@ -200,9 +214,24 @@ def rotary_kernel(
     b_second = tl.load(p_x + D // 2, mask=m_x, other=0.0).to(tl.float32)
     b_cos = tl.load(p_cos + p_angle, mask=m_d, other=0.0).to(tl.float32)
     b_sin = tl.load(p_sin + p_angle, mask=m_d, other=0.0).to(tl.float32)
-    b_y = b_first * b_cos - b_second * b_sin
-    tl.store(p_y, b_y.to(p_q_out.dtype.element_ty), mask=m_x)
+    b_y = (b_first * b_cos - b_second * b_sin).to(p_q_out.dtype.element_ty)
+    tl.store(p_y, b_y, mask=m_x)
     b_cos = tl.load(p_cos + p_angle + D // 2, mask=m_d, other=0.0).to(tl.float32)
     b_sin = tl.load(p_sin + p_angle + D // 2, mask=m_d, other=0.0).to(tl.float32)
-    b_y = b_second * b_cos + b_first * b_sin
-    tl.store(p_y + D // 2, b_y.to(p_q_out.dtype.element_ty), mask=m_x)
+    b_z = (b_second * b_cos + b_first * b_sin).to(p_q_out.dtype.element_ty)
+    tl.store(p_y + D // 2, b_z, mask=m_x)
+    if STORE:
+        num_rows = tl.load(p_num_rows)
+        if (tl.program_id(1) == 1) & (i_row < num_rows):
+            k_block = tl.load(p_k_blocks + i_row).to(tl.int64)
+            v_block = tl.load(p_v_blocks + i_row).to(tl.int64)
+            offset = tl.load(p_offsets + i_row)
+            p_keys = p_k_plane + (k_block * S + offset) * (HKV * D) + o_h * D + o_d
+            tl.store(p_keys, b_y, mask=m_x)
+            tl.store(p_keys + D // 2, b_z, mask=m_x)
+            o_v = tl.arange(0, HKVP)[:, None]
+            o_dv = tl.arange(0, DVP)[None, :]
+            m_v = (o_v < HKV) & (o_dv < DV)
+            b_v = tl.load(p_v + i_row * stride_vb + o_v * stride_vh + o_dv, mask=m_v)
+            p_values = p_v_plane + (v_block * S + offset) * (HKV * DV) + o_v * DV + o_dv
+            tl.store(p_values, b_v, mask=m_v)

@@ -244,7 +244,7 @@ class DecodeGraphs:
                 stack.enter_context(self._linears.switched())
                 stack.enter_context(self._gated.switched())
                 stack.enter_context(self._experts.switched())
-                stack.enter_context(self._small_steps.switched())
+                static.pending = stack.enter_context(self._small_steps.switched())
                 if compiled is not None:
                     stack.enter_context(compiled.swapped(static, cache.layers))
                 static.reset()

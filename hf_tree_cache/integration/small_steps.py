@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from ..forward.small import HALF, Sum, make_rotary, rms_norm
-from .pending_sums import PendingSums
+from ..forward.small import HALF, Rotation, Sum, make_rotary, rms_norm
+from .pending import Pending
 from .trial import WITHIN, agree, made_up
 
 EPS_NAMES = ("variance_epsilon", "eps")
@@ -33,12 +33,13 @@ class SmallSteps:
 
     Args:
         besides: modules to be left as they are, with the files that they come from. Where there
-            are none, a norm also computes the sum that it is of.
+            are none, a norm also computes the sum that it is of, and a rotation may wait for its
+            keys to be stored.
     """
 
     def __init__(self, parts: Iterable[nn.Module], *, besides: Iterable[nn.Module] = ()) -> None:
         others = set(besides)
-        self._sums: PendingSums | None = None
+        self._pending: Pending | None = None
         parts = [part for part in dict.fromkeys(parts) if part not in others]
         self.norms = [(part, norm) for part in parts if (norm := self._fuse_norm(part)) is not None]
         sizes = {module.get_parameter("weight").numel() for module, _ in self.norms}
@@ -50,30 +51,36 @@ class SmallSteps:
         self.rotaries = [
             (file, getattr(file, ROTARY), fused)
             for file in files
-            if device is not None and (fused := _fuse_rotary(file, device)) is not None
+            if device is not None and (fused := self._fuse_rotary(file, device)) is not None
         ]
 
     @contextmanager
-    def switched(self) -> Iterator[None]:
-        """Within, they take one launch each."""
+    def switched(self) -> Iterator[Pending | None]:
+        """Within, they take one launch each; what may wait does so in what this yields."""
         for module, fused in self.norms:
             module.forward = fused
         for file, _, rotary in self.rotaries:
             setattr(file, ROTARY, rotary)
-        self._sums = PendingSums(self._sizes)
+        # Compiled functions would not run under a mode.
+        self._pending = Pending(self._sizes) if self._sizes else None
         try:
-            # Compiled functions would not run under a mode.
-            with self._sums if self._sizes else nullcontext():
-                yield
+            with self._pending or nullcontext():
+                yield self._pending
         finally:
-            self._sums = None
+            self._pending = None
             for module, _ in self.norms:
                 vars(module).pop("forward", None)
             for file, theirs, _ in self.rotaries:
                 setattr(file, ROTARY, theirs)
 
     def _take(self, x: torch.Tensor) -> Sum | None:
-        return None if self._sums is None else self._sums.take(x)
+        return None if self._pending is None else self._pending.take_sum(x)
+
+    def _rotate(self, rotation: Rotation) -> None:
+        if self._pending is None:
+            rotation.write()
+        else:
+            self._pending.hold(rotation)
 
     def _fuse_norm(self, module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """A forward in one launch that does what the module's own does; None if there is none."""
@@ -107,15 +114,14 @@ class SmallSteps:
         same = same and agree(module, fused, made_up(*shape, like=weight))
         return fused if same else None
 
-
-def _fuse_rotary(file: ModuleType, device: torch.device) -> Callable[..., object] | None:
-    """A rotary embedding in one launch that does what the file's does; None if there is none."""
-    theirs = getattr(file, ROTARY, None)
-    if theirs is None:
-        return None
-    fused = make_rotary(theirs)
-    size = 64
-    like = torch.empty(0, dtype=HALF[0], device=device)
-    q, k = (made_up(TRIAL_ROWS, heads, 1, size, like=like) for heads in (2, 1))
-    cos, sin = made_up(2, TRIAL_ROWS, 1, size, like=like)
-    return fused if agree(theirs, fused, q, k, cos, sin) else None
+    def _fuse_rotary(self, file: ModuleType, device: torch.device) -> Callable[..., object] | None:
+        """One launch that does what the file's rotary embedding does; None if there is none."""
+        theirs = getattr(file, ROTARY, None)
+        if theirs is None:
+            return None
+        fused = make_rotary(theirs, self._rotate)
+        size = 64
+        like = torch.empty(0, dtype=HALF[0], device=device)
+        q, k = (made_up(TRIAL_ROWS, heads, 1, size, like=like) for heads in (2, 1))
+        cos, sin = made_up(2, TRIAL_ROWS, 1, size, like=like)
+        return fused if agree(theirs, fused, q, k, cos, sin) else None

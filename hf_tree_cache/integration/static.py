@@ -16,8 +16,9 @@ from ..attention.buffers import IntBuffer
 from ..attention.launch import Workspace, WorkspaceKey, find_obstacle
 from ..attention.plan import Window
 from ..memory.growth import Grown, Longs
-from ..memory.scatter import scatter_tokens
+from ..memory.scatter import Slots, scatter_tokens
 from ..memory.storage import KVStorage
+from .pending import Pending
 from .step import LayerKV, NotCapturable, Step
 
 
@@ -26,9 +27,13 @@ class StaticDecode:
 
     A forward runs on ``bucket`` rows, of which the step's own come first; the others are padding
     that is computed and never stored.
+
+    Attributes:
+        pending: what waits for the next operator, which launches of ours are not.
     """
 
     def __init__(self) -> None:
+        self.pending: Pending | None = None
         self._targets: list[_Target] = []
         self._readers: dict[tuple[int, WorkspaceKey], _Reader] = {}
         self._current: _Current | None = None
@@ -58,7 +63,7 @@ class StaticDecode:
 
     def release(self) -> None:
         """Forget the step; nothing of its cache is kept alive."""
-        self._current = None
+        self._current = self.pending = None
 
     def items(self) -> tuple[int, ...]:
         """Work items of each launch kind, for which a grid must have programs."""
@@ -82,8 +87,16 @@ class StaticDecode:
         assert now is not None
         if keys.shape[0] != now.bucket or keys.shape[2] != 1:
             raise NotCapturable(f"a layer writes K of {tuple(keys.shape)}")
-        target = self._targets[now.index(storage)]
-        target.store(storage, layer, keys.to(storage.spec.dtype), values.to(storage.spec.dtype))
+        # First of all: the next operator, be it to find the slots, would write it.
+        rotation = None if self.pending is None else self.pending.take_rotation(keys)
+        slots = self._targets[now.index(storage)].slots(storage, layer)
+        dtype = storage.spec.dtype
+        if rotation is not None and keys.dtype == values.dtype == dtype:
+            rotation.write(values, slots)
+        else:
+            if rotation is not None:
+                rotation.write()
+            scatter_tokens(keys.to(dtype), values.to(dtype), slots)
         return LayerKV(now.padded, storage, layer, (keys, values), "triton", _refuse, self.attend)
 
     def attend(
@@ -108,6 +121,8 @@ class StaticDecode:
         """
         now, storage = self._current, kv.storage
         assert now is not None
+        if self.pending is not None:
+            self.pending.write()
         obstacle = find_obstacle(query, storage, scale)
         if obstacle is not None:
             raise NotCapturable(obstacle)
@@ -178,20 +193,10 @@ class _Target:
         ints.send("rows", "offsets")
         return moved
 
-    def store(
-        self, storage: KVStorage, layer: int, keys: torch.Tensor, values: torch.Tensor
-    ) -> None:
-        ints = self._ints
-        scatter_tokens(
-            keys,
-            values,
-            storage.first_planes(layer),
-            ints["rows"],
-            ints["k_blocks"],
-            ints["v_blocks"],
-            ints["offsets"],
-            storage.block_size,
-        )
+    def slots(self, storage: KVStorage, layer: int) -> Slots:
+        k, v = storage.first_planes(layer)
+        ints, size = self._ints, storage.block_size
+        return Slots(k, v, ints["rows"], ints["k_blocks"], ints["v_blocks"], ints["offsets"], size)
 
 
 class _Reader:

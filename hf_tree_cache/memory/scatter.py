@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -54,35 +56,34 @@ def scatter_kernel(
         tl.store(p_v + (v_block * S + offset) * (HKV * DV) + o_h * DV + o_dv, b_v, mask=m_v)
 
 
-def scatter_tokens(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    planes: tuple[torch.Tensor, torch.Tensor],
-    num_rows: torch.Tensor,
-    k_blocks: torch.Tensor,
-    v_blocks: torch.Tensor,
-    offsets: torch.Tensor,
-    block_size: int,
-) -> None:
-    """Store ``k [B, Hkv, 1, Dk]`` and ``v [B, Hkv, 1, Dv]`` of one layer.
+class Slots(NamedTuple):
+    """Where one new token a row goes in a layer.
 
-    Args:
-        planes: of :meth:`KVStorage.first_planes`.
+    Attributes:
+        k, v: of :meth:`KVStorage.first_planes`.
         num_rows: int32 ``[1]``; rows from there on are left out.
         k_blocks, v_blocks: int32 ``[B]``, of :meth:`KVStorage.block_numbers`.
         offsets: int32 ``[B]``, slots within the blocks.
     """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    num_rows: torch.Tensor
+    k_blocks: torch.Tensor
+    v_blocks: torch.Tensor
+    offsets: torch.Tensor
+    block_size: int
+
+
+def scatter_tokens(k: torch.Tensor, v: torch.Tensor, slots: Slots) -> None:
+    """Store ``k [B, Hkv, 1, Dk]`` and ``v [B, Hkv, 1, Dv]``."""
     k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
     num_heads, k_dim, v_dim = k.shape[1], k.shape[3], v.shape[3]
     overlap = can_overlap(k.device)
     scatter_kernel[(len(k),)](
         k,
         v,
-        *planes,
-        num_rows,
-        k_blocks,
-        v_blocks,
-        offsets,
+        *slots[:-1],
         k.stride(0),
         k.stride(1),
         v.stride(0),
@@ -93,7 +94,7 @@ def scatter_tokens(
         HKVP=triton.next_power_of_2(num_heads),
         DKP=triton.next_power_of_2(k_dim),
         DVP=triton.next_power_of_2(v_dim),
-        S=block_size,
+        S=slots.block_size,
         OVERLAP=overlap,
         **launch_options(overlap),
     )

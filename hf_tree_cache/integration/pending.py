@@ -1,4 +1,4 @@
-"""PendingSums: a sum waits for the next operator, in case that is a norm that takes it along."""
+"""Pending: a sum or a rotation waits for the next operator, in case a kernel takes it along."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..forward.small import HALF, Sum
+from ..forward.small import HALF, Rotation, Sum
 
 
-class PendingSums(TorchDispatchMode):
-    """Within, ``x + y`` of hidden states is written when the next operator runs, or by its norm.
+class Pending(TorchDispatchMode):
+    """Within, what waits is written when the next operator runs, or by the kernel that takes it.
 
-    Nobody sees the difference: whatever reads the sum through an operator comes after it.
+    That is ``x + y`` of hidden states, which their norm takes along, and a rotation, which the
+    kernel that stores its keys does. Nobody sees the difference: whatever reads the results through
+    an operator comes after it.
 
     Args:
         sizes: of the hidden states that norms take.
@@ -23,7 +25,7 @@ class PendingSums(TorchDispatchMode):
     def __init__(self, sizes: Collection[int]) -> None:
         super().__init__()
         self._sizes = frozenset(sizes)
-        self._pending: Sum | None = None
+        self._waiting: Sum | Rotation | None = None
 
     def __torch_dispatch__(
         self,
@@ -35,22 +37,38 @@ class PendingSums(TorchDispatchMode):
         self.write()
         if func is torch.ops.aten.add.Tensor and not kwargs and self._may_wait(*args):
             first, second = args
-            self._pending = Sum(first, second, torch.empty_like(first))
-            return self._pending.out
+            out = torch.empty_like(first)
+            self._waiting = Sum(first, second, out)
+            return out
         return func(*args, **(kwargs or {}))
 
-    def take(self, x: torch.Tensor) -> Sum | None:
+    def hold(self, rotation: Rotation) -> None:
+        """Let ``rotation`` wait; what waited before is written."""
+        self.write()
+        self._waiting = rotation
+
+    def take_sum(self, x: torch.Tensor) -> Sum | None:
         """The sum that ``x`` stands for, if it has still to be written: by the caller."""
-        if self._pending is None or self._pending.out is not x:
+        waiting = self._waiting
+        if not isinstance(waiting, Sum) or waiting.out is not x:
             return None
-        pending, self._pending = self._pending, None
-        return pending
+        self._waiting = None
+        return waiting
+
+    def take_rotation(self, keys: torch.Tensor) -> Rotation | None:
+        """What ``keys`` come from, if they have still to be written: by the caller."""
+        waiting = self._waiting
+        if not isinstance(waiting, Rotation) or waiting.k_out is not keys:
+            self.write()
+            return None
+        self._waiting = None
+        return waiting
 
     def write(self) -> None:
         """Write what waits."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.write()
+        if self._waiting is not None:
+            waiting, self._waiting = self._waiting, None
+            waiting.write()
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
