@@ -3,10 +3,10 @@
     python benchmarks/generate.py --out benchmarks/results
 
 Random weights of well-known shapes in bfloat16, sampling at temperature 1. For each workload (P
-prompt tokens, N branches, T new tokens): milliseconds a decode step, from the logits of token T/4
-to those of token T; time to the first token of every branch; the peak of memory above the weights;
-tokens a second of the whole run. The floor is what a step must read, weights and unique K/V, over
-the measured bandwidth. What runs out of memory, or of ``--seconds``, is left out and said.
+prompt tokens, N branches, T new tokens): milliseconds a decode step, from token T/4 to token T;
+time to the first token of every branch; the peak of memory above the weights; tokens a second of
+the whole run. The floor is what a step must read, weights and unique K/V, over the measured
+bandwidth. What runs out of memory, or of ``--seconds``, is left out and said.
 
 The results of a card are in a file of their own, ``generate_<card>.json``, written after each row.
 ``--keep`` begins with those of an earlier run on the same card.

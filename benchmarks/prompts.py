@@ -174,7 +174,7 @@ def _several(model: PreTrainedModel, shape: str, cache: Any) -> Timeline:
         num_return_sequences=prompts.rows,
         max_new_tokens=prompts.tokens,
         min_new_tokens=prompts.tokens,
-        logits_processor=[marks],
+        stopping_criteria=[marks],
     )
     timeline = marks.timeline()
     rows = len(prompts.lengths) * prompts.rows

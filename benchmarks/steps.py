@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor
+from transformers import StoppingCriteria
 from transformers.generation import utils as stock
 
 from hf_tree_cache.generation import loop
@@ -43,7 +43,7 @@ class Timeline:
     """One run.
 
     Attributes:
-        tokens: seconds until the logits of the first, second, ... token of all branches.
+        tokens: seconds until the first, second, ... token of all branches was drawn.
         total: seconds in all.
         notes: what else there is to say of it.
     """
@@ -59,8 +59,11 @@ class Timeline:
         return 1e3 * (self.tokens[-1] - self.tokens[first - 1]) / (len(self.tokens) - first)
 
 
-class Marks(LogitsProcessor):
-    """Notes when the logits of a token are there, on the clock of the device."""
+class Marks(StoppingCriteria):
+    """Notes when a token is there, on the clock of the device; stops nothing.
+
+    Not a logits processor: for those, tree_generate makes float32 scores that nobody else wants.
+    """
 
     def __init__(self) -> None:
         settle()
@@ -75,9 +78,9 @@ class Marks(LogitsProcessor):
         event.record()
         return event
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         self._marks.append(self._mark())
-        return scores
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     def timeline(self) -> Timeline:
         settle()

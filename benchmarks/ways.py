@@ -87,7 +87,7 @@ def generate(model: PreTrainedModel, work: Workload, tokens: int, **options: Any
         max_new_tokens=tokens,
         min_new_tokens=tokens,
         prefill_chunk_size=work.chunk,
-        logits_processor=[marks],
+        stopping_criteria=[marks],
         **options,
     )
     timeline = marks.timeline()

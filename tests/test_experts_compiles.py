@@ -17,7 +17,7 @@ from hf_tree_cache.attention.tiles import LIMITS
 from hf_tree_cache.forward import experts
 from hf_tree_cache.forward.linear import MOST_SHARED, Gpu
 
-NAMES = ("group_pairs_kernel", "experts_kernel", "add_up_kernel")
+NAMES = ("list_items_kernel", "experts_kernel", "add_up_kernel")
 SHAPES = {
     # rows, experts, width, inner size, chosen of each row
     "30B": (64, 128, 2048, 768, 8),

@@ -9,11 +9,11 @@ import triton
 from triton import knobs
 
 from ..overlap import can_overlap, launch_options
-from .experts_kernel import add_up_kernel, experts_kernel, group_pairs_kernel
+from .experts_kernel import add_up_kernel, experts_kernel, list_items_kernel
 from .linear import Tile, fit, gpu_of
 
 MOST_PAIRS = 4096
-"""Of a row and an expert that it chose; an expert's program looks through all of them."""
+"""Of a row and an expert that it chose; a program looks through all of them."""
 
 MOST_EACH = 64
 """Pairs of an expert, on average, up to which reading its weight takes longer than multiplying."""
@@ -73,25 +73,29 @@ def few_rows_experts(
     num_experts, width, size = down.shape
     num_pairs = rows * top
     tiles = choose_tiles(num_pairs, num_experts, width, size, gpu_of(x.device).shared)
-    pairs = chosen.new_empty(num_experts, num_pairs, dtype=torch.int32)
-    counts = chosen.new_empty(num_experts, dtype=torch.int32)
+    (each,) = {tile.rows for tile in tiles}
+    most = num_items(num_pairs, num_experts, each)
+    ints = chosen.new_empty(1 + num_pairs + 3 * most, dtype=torch.int32)
+    count, pairs, items = ints.split([1, num_pairs, 3 * most])
     hidden = x.new_empty(num_pairs, size)
     parts = x.new_empty(num_pairs, width, dtype=torch.float32)
     y = x.new_empty(rows, width)
     overlap = can_overlap(x.device)
     options = launch_options(overlap)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        group_pairs_kernel[(num_experts,)](
-            chosen.contiguous(), pairs, counts, num_pairs,
-            PAIRS=max(16, triton.next_power_of_2(num_pairs)), OVERLAP=overlap, num_warps=4,
-            **options,
+        list_items_kernel[(num_experts,)](
+            chosen.contiguous(), pairs, items, count, num_pairs, num_experts,
+            PAIRS=max(16, triton.next_power_of_2(num_pairs)),
+            EXPERTS=triton.next_power_of_2(num_experts + 1), ROWS=each,
+            ITEMS=triton.next_power_of_2(triton.cdiv(num_pairs, each)), OVERLAP=overlap,
+            num_warps=4, **options,
         )  # fmt: skip
         for rows_in, weight, out, tile in zip(
             (x.contiguous(), hidden), (gate_up, down), (hidden, parts), tiles, strict=True
         ):
-            experts_kernel[(triton.cdiv(out.shape[1], tile.n), num_experts)](
-                rows_in, weight, pairs, counts, shares.contiguous(), out, num_pairs,
-                N=out.shape[1], K=rows_in.shape[1], TOP=top, ROWS=tile.rows, TILE_N=tile.n,
+            experts_kernel[(triton.cdiv(out.shape[1], tile.n), most)](
+                rows_in, weight, pairs, items, count, shares.contiguous(), out,
+                N=out.shape[1], K=rows_in.shape[1], TOP=top, ROWS=each, TILE_N=tile.n,
                 TILE_K=tile.k, STAGES=tile.stages, GATED=out is hidden, PRECISION="ieee",
                 OVERLAP=overlap, num_warps=4, **options,
             )  # fmt: skip
@@ -104,6 +108,12 @@ def few_rows_experts(
 def is_small(num_pairs: int, num_experts: int) -> bool:
     """Whether so many pairs are few enough for the kernels to be the faster way."""
     return num_pairs <= min(MOST_PAIRS, MOST_EACH * num_experts)
+
+
+def num_items(num_pairs: int, num_experts: int, each: int) -> int:
+    """Most items of up to ``each`` pairs of one expert."""
+    hit = min(num_pairs, num_experts)
+    return hit + (num_pairs - hit) // each
 
 
 def choose_tiles(
