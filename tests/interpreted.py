@@ -22,6 +22,7 @@ from interpreter import quicken
 from kernel_calls import Call, Family, append, call_over, grow, make_call
 from models import build
 from test_expert_units import CASES as EXPERTS
+from test_expert_units import ROUTED, route_and_compare
 from test_expert_units import draw as draw_experts
 from test_expert_units import error_of as error_of_experts
 from test_forward import (
@@ -186,6 +187,8 @@ def run_forward() -> list[str]:
         error = error_of_gated(few_rows_gated(x, *weights), x, *weights)
         if not error < FP16_FACTOR * TOLERANCE[torch.float16]:
             wrong.append(f"{rows} rows, gated, {widths[0]} of {size}: off by {error:.1e}")
+    for case in ROUTED:
+        wrong += route_and_compare(*case, torch.float16, "cpu")
     for case in EXPERTS:
         inputs = draw_experts(*case, torch.float16, "cpu")
         error = error_of_experts(few_rows_experts(*inputs), *inputs)

@@ -15,10 +15,11 @@ pytest.importorskip("triton")
 
 from hf_tree_cache import TreeCache, enable_tree_attention, tree_generate
 from hf_tree_cache.forward import experts
-from hf_tree_cache.forward.experts import few_rows_experts, is_small
-from hf_tree_cache.integration import expert_units
+from hf_tree_cache.forward.experts import few_rows_experts, is_small, route
+from hf_tree_cache.integration import expert_units, routers
 from hf_tree_cache.integration.expert_units import ExpertUnits
 from hf_tree_cache.integration.fingerprint import fingerprint
+from hf_tree_cache.integration.routers import Routers, Style
 
 CASES = [
     # rows, experts, width, inner size, chosen of each row
@@ -90,13 +91,83 @@ def test_all_rows_may_choose_the_same_experts() -> None:
     assert error_of(few_rows_experts(*inputs), *inputs) < 4e-3
 
 
+def route_and_compare(
+    rows: int, num_experts: int, top: int, dtype: torch.dtype, device: str
+) -> list[str]:
+    """What is wrong with the choice of experts; few logits are equal."""
+    torch.manual_seed(rows)
+    order = torch.stack([torch.randperm(num_experts) for _ in range(rows)])
+    logits = (order / num_experts * 6 - 3).to(dtype).to(device)
+    wrong = []
+    for normed in (False, True):
+        for wide in (False, True):
+            shares, chosen = route(logits, top, normed, wide)
+            want, places = logits.double().softmax(-1).topk(top)
+            if normed:
+                want = want / want.sum(-1, keepdim=True)
+            same = torch.equal(logits.gather(1, chosen), logits.gather(1, places))
+            distinct = all(len(row.unique()) == top for row in chosen)
+            close = (shares - want).abs().max() <= (1e-6 if wide else 4e-3) * want.max()
+            dtypes = shares.dtype == (torch.float32 if wide else dtype), chosen.dtype == torch.int64
+            if not (same and distinct and close and all(dtypes)):
+                wrong.append(f"{rows} of {num_experts}, top {top}, normed {normed}, wide {wide}")
+    return wrong
+
+
+ROUTED = [(3, 5, 2), (1, 128, 8), (2, 1, 1), (4, 60, 4)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_the_likeliest_experts_are_chosen(dtype: torch.dtype) -> None:
+    for case in (*ROUTED, (64, 512, 10), (300, 1024, 32)):
+        assert not route_and_compare(*case, dtype, "cuda")
+    shares, chosen = route(torch.full((1, 3), torch.nan, device="cuda").to(dtype), 2, True, False)
+    assert shares.isnan().all() and chosen.max() < 3
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("name", "style"),
+    [
+        ("qwen3_moe", Style(normed=False, wide=False)),
+        ("qwen3_next", Style(normed=True, wide=False)),
+        ("mixtral", Style(normed=True, wide=True)),
+        ("gpt_oss", None),
+        ("deepseek_v3", None),
+        ("llama", None),
+    ],
+)
+def test_routers_are_recognised(
+    name: str, style: Style | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routers, "find_weight_obstacle", lambda weight: None)
+    model = build(name)
+    kinds = [type(module) for module in model.modules()]
+    found = Routers(model.modules())
+    assert bool(found.units) == (style is not None)
+    for module, _, _ in found.units:
+        assert routers._find_style(module) == style
+        with monkeypatch.context() as patch:
+            patch.setattr(routers, "route", lambda logits, top, *style: style)
+            patch.setattr(routers, "few_rows_linear", lambda x, weights, biases: x)
+            with found.switched():
+                assert module(torch.zeros(1, 2, module.weight.shape[1]))[1:] == style
+            hook = module.register_forward_hook(lambda *args: None)
+            assert not Routers([module]).units
+            hook.remove()
+    assert [type(module) for module in model.modules()] == kinds
+
+
 def test_shapes_are_known_without_running() -> None:
     with FakeTensorMode():
         x = torch.empty(4, 1, 64).transpose(0, 1)[0]
         y = few_rows_experts(
             x, torch.empty(8, 64, 64), torch.empty(8, 64, 32), torch.empty(4, 2), torch.empty(4, 2)
         )
+        shares, chosen = route(torch.empty(4, 8), 2, False, False)
     assert y.shape == (4, 64) and y.is_contiguous()
+    assert shares.shape == chosen.shape == (4, 2) and chosen.dtype == torch.int64
 
 
 @pytest.mark.parametrize("shared", [99 << 10, 163 << 10, 227 << 10])
@@ -224,7 +295,7 @@ def test_what_the_kernels_do_not_serve_is_left_to_the_model(
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings(r"ignore:\s*Online softmax")  # the compiler's, of the router
+@pytest.mark.filterwarnings("ignore")  # the compiler has some of its own
 @pytest.mark.parametrize("compile", [False, True], ids=["plain", "compiled"])
 @pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
 def test_captured_steps_take_the_kernels(

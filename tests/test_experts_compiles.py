@@ -17,7 +17,7 @@ from hf_tree_cache.attention.tiles import LIMITS
 from hf_tree_cache.forward import experts
 from hf_tree_cache.forward.linear import MOST_SHARED, Gpu
 
-NAMES = ("list_items_kernel", "experts_kernel", "add_up_kernel")
+NAMES = ("route_kernel", "list_items_kernel", "experts_kernel", "add_up_kernel")
 SHAPES = {
     # rows, experts, width, inner size, chosen of each row
     "30B": (64, 128, 2048, 768, 8),
@@ -59,6 +59,7 @@ def test_all_kernels_fit(
     monkeypatch.setattr(experts, "can_overlap", lambda device: arch in OVERLAPPING)
     rows, num_experts, width, size, top = SHAPES[name]
     bf16 = torch.bfloat16
+    experts.route(torch.empty(rows, num_experts, dtype=bf16), top, True, False)
     experts.few_rows_experts(
         torch.empty(rows, width, dtype=bf16),
         torch.empty(num_experts, 2 * size, width, dtype=bf16),
@@ -66,6 +67,12 @@ def test_all_kernels_fit(
         torch.empty(rows, top, dtype=torch.int64),
         torch.empty(rows, top, dtype=bf16),
     )
-    assert [launched.options.get("GATED") for _, launched in launches] == [None, True, False, None]
+    assert [launched.options.get("GATED") for _, launched in launches] == [
+        None,
+        None,
+        True,
+        False,
+        None,
+    ]
     for kernel, launched in launches:
         check(arch, kernel, launched, tmp_path)

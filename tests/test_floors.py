@@ -77,6 +77,7 @@ FLOORS = {
     "integration.gated": 7,
     "forward.experts": 6,
     "integration.expert_units": 7,
+    "integration.routers": 7,
     "generation.output": 6,
     "integration.operands": 6,
     "integration.handles": 7,

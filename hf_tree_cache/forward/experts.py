@@ -1,4 +1,4 @@
-"""Few rows through sparse experts: what the kernels serve, four launches."""
+"""Few rows through sparse experts: who chooses, four launches, and what they serve."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton
 from triton import knobs
 
 from ..overlap import can_overlap, launch_options
-from .experts_kernel import add_up_kernel, experts_kernel, list_items_kernel
+from .experts_kernel import add_up_kernel, experts_kernel, list_items_kernel, route_kernel
 from .linear import Tile, fit, gpu_of
 
 MOST_PAIRS = 4096
@@ -25,6 +25,9 @@ TILES = {
     "gated": (Tile(32, 64, 128, 3), Tile(64, 64, 64, 4)),
     "down": (Tile(32, 128, 128, 3), Tile(64, 128, 64, 4)),
 }
+
+MOST_ROUTED, MOST_TOP = 1024, 32
+"""Experts that a program holds, and that it chooses one after the other."""
 
 ADDED = 1024
 """Numbers of a row that a program adds up."""
@@ -47,6 +50,35 @@ def find_obstacle(gate_up: torch.Tensor, down: torch.Tensor) -> str | None:
     if torch.version.hip or (down.is_cuda and torch.cuda.get_device_capability(down.device)[0] < 8):
         return "they are on a GPU where this was not tried"
     return None
+
+
+@torch.library.custom_op("hf_tree_cache::route", mutates_args=())
+def route(
+    logits: torch.Tensor, top: int, normed: bool, wide: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The experts of largest softmax for each row, and their shares.
+
+    Args:
+        logits: ``[rows, E]`` contiguous, of at most :data:`MOST_ROUTED` experts.
+        top: experts for each row, at most :data:`MOST_TOP`.
+        normed: shares of those that are chosen sum up to 1.
+        wide: shares in float32, else in the dtype of ``logits``.
+
+    Returns:
+        Shares ``[rows, top]``, the largest first; int64 ``[rows, top]``.
+    """
+    rows, num_experts = logits.shape
+    shares = logits.new_empty(rows, top, dtype=torch.float32 if wide else logits.dtype)
+    chosen = logits.new_empty(rows, top, dtype=torch.int64)
+    overlap = can_overlap(logits.device)
+    with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
+        route_kernel[(rows,)](
+            logits, shares, chosen, num_experts,
+            EXPERTS=triton.next_power_of_2(num_experts), TOP=top,
+            TOP_PADDED=triton.next_power_of_2(top), NORMED=normed, OVERLAP=overlap, num_warps=1,
+            **launch_options(overlap),
+        )  # fmt: skip
+    return shares, chosen
 
 
 @torch.library.custom_op("hf_tree_cache::few_rows_experts", mutates_args=())
@@ -134,3 +166,12 @@ def _(
     shares: torch.Tensor,
 ) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@route.register_fake
+def _(
+    logits: torch.Tensor, top: int, normed: bool, wide: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = len(logits), top
+    dtype = torch.float32 if wide else logits.dtype
+    return logits.new_empty(shape, dtype=dtype), logits.new_empty(shape, dtype=torch.int64)

@@ -12,6 +12,48 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
+def route_kernel(
+    p_logits,  # [rows, E]
+    p_shares,  # [rows, TOP]
+    p_chosen,  # [rows, TOP]
+    num_experts,
+    EXPERTS: tl.constexpr,  # num_experts padded
+    TOP: tl.constexpr,
+    TOP_PADDED: tl.constexpr,
+    NORMED: tl.constexpr,  # shares of what was chosen, not of all
+    OVERLAP: tl.constexpr,
+):
+    """A program a row: softmax in float32, and the TOP largest, the first of equal ones first."""
+    i_row = tl.program_id(0).to(tl.int64)
+    o_expert = tl.arange(0, EXPERTS)
+    o_top = tl.arange(0, TOP_PADDED)
+    m_expert = o_expert < num_experts
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    p_row = p_logits + i_row * num_experts + o_expert
+    b_logits = tl.load(p_row, mask=m_expert, other=-float("inf")).to(tl.float32)
+    b_left = tl.exp(b_logits - tl.max(b_logits, 0))
+    total = tl.sum(b_left, 0)
+    b_left = tl.where(m_expert, b_left, -1.0)
+    b_shares = tl.zeros([TOP_PADDED], tl.float32)
+    b_chosen = tl.zeros([TOP_PADDED], tl.int32)
+    for i_top in tl.static_range(TOP):
+        largest, i_expert = tl.max(b_left, 0, return_indices=True)
+        b_shares = tl.where(o_top == i_top, largest, b_shares)
+        b_chosen = tl.where(o_top == i_top, i_expert, b_chosen)
+        b_left = tl.where(o_expert == i_expert, -1.0, b_left)
+    # Where all is NaN, any: but one that there is.
+    b_chosen = tl.minimum(b_chosen, num_experts - 1)
+    if NORMED:
+        total = tl.sum(b_shares, 0)
+    b_shares = b_shares / total
+    p_tops = i_row * TOP + o_top
+    tl.store(p_shares + p_tops, b_shares.to(p_shares.dtype.element_ty), mask=o_top < TOP)
+    tl.store(p_chosen + p_tops, b_chosen.to(p_chosen.dtype.element_ty), mask=o_top < TOP)
+
+
+@triton.jit
 def list_items_kernel(
     p_chosen,  # [pairs] the expert of each
     p_pairs,  # [pairs] those of one expert after those of another

@@ -64,14 +64,19 @@ FEW_STAGES = 3
 def find_obstacle(layer: nn.Linear) -> str | None:
     """Why the kernel cannot serve ``layer``; None if it can, for up to :data:`MOST_ROWS` rows."""
     weight, bias = layer.weight, layer.bias
+    if bias is not None and (bias.dtype != weight.dtype or not bias.is_contiguous()):
+        return "its bias has another dtype or is not contiguous"
+    return find_weight_obstacle(weight)
+
+
+def find_weight_obstacle(weight: torch.Tensor) -> str | None:
+    """As :func:`find_obstacle`, of a ``[N, K]`` weight alone."""
     if weight.device.type != "cuda" and not knobs.runtime.interpret:
         return f"its weight is on {weight.device.type}"
     if weight.dtype not in (torch.bfloat16, torch.float16):
         return f"its weight is {weight.dtype}"
     if not weight.is_contiguous() or weight.shape[1] % 8 or weight.data_ptr() % 16:
         return "rows of its weight are not aligned to 16 bytes"
-    if bias is not None and (bias.dtype != weight.dtype or not bias.is_contiguous()):
-        return "its bias has another dtype or is not contiguous"
     if torch.version.hip or (
         weight.is_cuda and torch.cuda.get_device_capability(weight.device)[0] < 8
     ):

@@ -27,6 +27,7 @@ from .gated import GatedUnits
 from .layers import PagedLayer
 from .linears import DecodeLinears
 from .op_record import OpRecord, first_difference
+from .routers import Routers
 from .small_steps import SmallSteps
 from .static import StaticDecode, layouts
 from .step import NotCapturable, Step
@@ -180,6 +181,7 @@ class DecodeGraphs:
         self._linears = DecodeLinears((), join=False)
         self._gated = GatedUnits(())
         self._experts = ExpertUnits(())
+        self._routers = Routers(())
         self._small_steps = SmallSteps(())
         self._kinds: dict[Hashable, _Kind] = {}
         self._programs: dict[Call, _Program] = {}
@@ -244,6 +246,7 @@ class DecodeGraphs:
                 stack.enter_context(self._linears.switched())
                 stack.enter_context(self._gated.switched())
                 stack.enter_context(self._experts.switched())
+                stack.enter_context(self._routers.switched())
                 static.pending = stack.enter_context(self._small_steps.switched())
                 if compiled is not None:
                     stack.enter_context(compiled.swapped(static, cache.layers))
@@ -374,6 +377,7 @@ class DecodeGraphs:
             self._linears = DecodeLinears(self._model.modules(), join=compiled is not None)
         self._gated = GatedUnits(self._model.modules())
         self._experts = ExpertUnits(self._model.modules())
+        self._routers = Routers(self._model.modules())
         # Within compiled layers they are the compiler's.
         layers = [] if compiled is None else compiled.layers
         inside = [part for layer in layers for part in layer.modules()]
