@@ -422,6 +422,10 @@ def error_of_norm(dtype, device):
         got = rms_norm(added.out, weight, 1e-5, added=added)
         assert torch.equal(added.out, added.first + added.second)
         assert torch.equal(got, rms_norm(added.out, weight, 1e-5))
+    # Heads of one product for these and others.
+    joined = torch.randn(3, 1, 7 * 24).to(dtype).to(device)
+    heads = joined[..., 48:120].unflatten(-1, (3, 24))
+    assert torch.equal(rms_norm(heads, weight, 1e-5), rms_norm(heads.contiguous(), weight, 1e-5))
     return worst
 
 

@@ -108,14 +108,16 @@ def _ask(p_rows, COLUMNS: tl.constexpr):
 
 @triton.jit
 def rms_norm_kernel(
-    p_x,  # [rows, SIZE]
-    p_other,  # [rows, SIZE], added first
+    p_x,  # [rows, SIZE], groups of HEADS rows any stride apart
+    p_other,  # as p_x, added first
     p_weight,  # [SIZE]
     p_sum,  # [rows, SIZE], what is normed
     p_y,
+    stride_x,
     eps,
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
+    HEADS: tl.constexpr,
     ADD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -125,10 +127,12 @@ def rms_norm_kernel(
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
-    p_row = tl.program_id(0).to(tl.int64) * SIZE + o_n
-    b_x = tl.load(p_x + p_row, mask=m_n, other=0.0).to(tl.float32)
+    i_row = tl.program_id(0).to(tl.int64)
+    p_row = i_row * SIZE + o_n
+    p_from = i_row // HEADS * stride_x + i_row % HEADS * SIZE + o_n
+    b_x = tl.load(p_x + p_from, mask=m_n, other=0.0).to(tl.float32)
     if ADD:
-        b_x += tl.load(p_other + p_row, mask=m_n, other=0.0).to(tl.float32)
+        b_x += tl.load(p_other + p_from, mask=m_n, other=0.0).to(tl.float32)
         # Rounded as it is kept.
         b_sum = b_x.to(p_sum.dtype.element_ty)
         tl.store(p_sum + p_row, b_sum, mask=m_n)
