@@ -30,6 +30,7 @@ from hf_tree_cache import (
     enable_tree_attention,
     tree_generate,
 )
+from hf_tree_cache.generation import loop
 
 PROMPTS = torch.tensor([[0, 0, 0, 11, 12, 13, 14, 15, 16], [21, 22, 23, 24, 25, 26, 27, 28, 29]])
 MASK = (PROMPTS != 0).long()
@@ -277,6 +278,34 @@ def test_events_tell_the_whole_story(llama):
     for row, branch in enumerate(out.branches):
         assert tokens[branch] == out.sequences[row, first:].tolist()
     assert sorted(ended) == sorted(record.gone) == sorted(tokens)
+
+
+def test_who_shows_nothing_and_listens_to_nothing_pays_for_neither(llama, monkeypatch):
+    options = {"branching": [ForkAtFirstToken(3)], "max_new_tokens": 5, "eos_token_id": None}
+    shown, totals = [], []
+
+    class Bar(loop.tqdm):
+        def set_postfix(self, **values):
+            shown.append(values)
+            super().set_postfix(**values)
+
+        def close(self):
+            totals.append((self.n, self.total))
+            super().close()
+
+    monkeypatch.setattr(loop, "tqdm", Bar)
+    generate(llama, progress=True, **options)
+    assert shown == [{"branches": 3, "finished": 0, "refresh": False}] * 4 + [
+        {"branches": 0, "finished": 3, "refresh": False}
+    ]
+    assert (5, 5) in totals
+    shown.clear()
+    made = []
+    monkeypatch.setattr(loop, "BranchEvent", lambda *args, **what: made.append(args))
+    generate(llama, progress=False, **options)
+    assert not shown and not made
+    generate(llama, progress=False, tree_streamer=lambda event: None, **options)
+    assert [kind for kind, *_ in made].count("token") == 15 and not shown
 
 
 def test_the_record_survives_json_and_draws_itself(llama, tmp_path):

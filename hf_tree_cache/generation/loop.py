@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..integration.cache import TreeCache
 from .batch import LiveBatch
 from .decide import NextRows, decide
 from .options import Sampling
-from .output import BranchEvent, TreeGenerateOutput, TreeGenerateStats
+from .output import BranchEvent, EventKind, TreeGenerateOutput, TreeGenerateStats
 from .processors import BranchingProcessor, run_processors
 from .record import GenerationTree
 from .sampling import draw_tokens
@@ -96,9 +96,10 @@ def tree_generate(
         max_branches=max_branches,
         keep_branches=keep_branches,
         tree=GenerationTree(tree_tokenizer),
+        tell=tree_streamer,
     )
     with torch.no_grad():
-        return run.drive(input_ids, model_kwargs, tree_streamer, progress)
+        return run.drive(input_ids, model_kwargs, progress)
 
 
 def _tree_cache(model: PreTrainedModel, model_kwargs: dict[str, Any]) -> TreeCache:
@@ -153,6 +154,7 @@ class _Run:
     max_branches: int
     keep_branches: bool
     tree: GenerationTree
+    tell: Callable[[BranchEvent], None] | None
     stats: TreeGenerateStats = field(default_factory=TreeGenerateStats)
     finished: list[tuple[int, int, str]] = field(default_factory=list)  # (node, branch, reason)
 
@@ -170,7 +172,6 @@ class _Run:
         self,
         input_ids: torch.Tensor,
         model_kwargs: dict[str, Any],
-        streamer: Callable[[BranchEvent], None] | None,
         progress: bool | None,
     ) -> TreeGenerateOutput:
         """Run to the end, or to Ctrl-C."""
@@ -181,12 +182,11 @@ class _Run:
         total = self.config.max_length and self.config.max_length - num_prompt
         try:
             with tqdm(total=total, desc="tree_generate", unit="step", disable=disable) as bar:
-                for event in self._steps(batch):
-                    if streamer is not None:
-                        streamer(event)
-                    if bar.n < self.stats.steps:
-                        bar.set_postfix(branches=len(batch), finished=len(self.finished))
-                        bar.update(self.stats.steps - bar.n)
+                for _ in self._steps(batch):
+                    if not bar.disable:
+                        finished = len(self.finished)
+                        bar.set_postfix(branches=len(batch), finished=finished, refresh=False)
+                        bar.update()
         except KeyboardInterrupt:
             self._step_back(num_prompt)
             for node, branch in zip(batch.nodes, batch.branches, strict=False):
@@ -203,8 +203,8 @@ class _Run:
         )
         return self._output(input_ids, model_kwargs["past_key_values"])
 
-    def _steps(self, batch: LiveBatch) -> Iterator[BranchEvent]:
-        """Step by step until no branch is left, telling what happens."""
+    def _steps(self, batch: LiveBatch) -> Iterator[None]:
+        """Step by step until no branch is left."""
         logits = batch.prefill(self.model, self.config, self.cache)
         while True:
             self._note_peak(batch)
@@ -220,7 +220,7 @@ class _Run:
                 unchanged, uncertainty = scores is logits, Uncertainty()
                 logits = logits[index]
                 scores = logits if unchanged else scores[index]
-                yield from self._apply(rows, batch)
+                self._apply(rows, batch)
                 distinct = [
                     [parent, *children] for parent, children, apart, _ in rows.forks if apart
                 ]
@@ -230,7 +230,8 @@ class _Run:
                 return
             drawn = self._draw(batch, logits, scores, distinct, uncertainty)
             ahead = self._run_ahead(batch)
-            left = yield from self._record(batch, drawn)
+            left = self._record(batch, drawn)
+            yield
             if not left:
                 return
             if ahead is None:
@@ -240,7 +241,7 @@ class _Run:
                 if len(left) < len(ahead):
                     logits = ahead[to_device(left, ahead.device)]
 
-    def _apply(self, rows: NextRows, batch: LiveBatch) -> Iterator[BranchEvent]:
+    def _apply(self, rows: NextRows, batch: LiveBatch) -> None:
         """Make the batch, the cache and the record what ``rows`` says."""
         old = list(batch.branches)
         for row, reason in rows.pruned:
@@ -254,14 +255,19 @@ class _Run:
         self.stats.forks_refused += rows.refused
         for row, reason in rows.pruned:
             self._tell_gone(old[row])
-            yield BranchEvent("prune", old[row], self.stats.steps, reason=reason)
+            self._tell("prune", old[row], reason=reason)
         for parent, children, _, reason in rows.forks:
             branch = batch.branches[parent]
             made = tuple(batch.branches[child] for child in children)
             self.stats.forks += len(made)
             for processor in self._branching_processors():
                 processor.on_fork(branch, made)
-            yield BranchEvent("fork", branch, self.stats.steps, children=made, reason=reason)
+            self._tell("fork", branch, children=made, reason=reason)
+
+    def _tell(self, kind: EventKind, branch: int, **what: Any) -> None:
+        """The streamer, if there is one: most runs have none, and a step has many tokens."""
+        if self.tell is not None:
+            self.tell(BranchEvent(kind, branch, self.stats.steps, **what))
 
     def _draw(
         self,
@@ -304,9 +310,7 @@ class _Run:
         if excess > 0 and not self.cache.has_states:
             self.cache.crop(-excess)
 
-    def _record(
-        self, batch: LiveBatch, drawn: _Arriving
-    ) -> Generator[BranchEvent, None, list[int]]:
+    def _record(self, batch: LiveBatch, drawn: _Arriving) -> list[int]:
         """Wait for what was drawn, book it, and let finished rows go; which rows are left."""
         tokens, broken, logprobs, done = drawn.read()
         if any(broken):
@@ -317,14 +321,15 @@ class _Run:
             )
         batch.note([int(token) for token in tokens], logprobs, self.tree)
         self.stats.steps += 1
-        for branch, token, logprob in zip(batch.branches, tokens, logprobs, strict=True):
-            yield BranchEvent("token", branch, self.stats.steps, token=int(token), logprob=logprob)
+        if self.tell is not None:
+            for branch, token, logprob in zip(batch.branches, tokens, logprobs, strict=True):
+                self._tell("token", branch, token=int(token), logprob=logprob)
         rows = [row for row, over in enumerate(done) if over]
         if rows:
-            yield from self._finish(rows, batch)
+            self._finish(rows, batch)
         return [row for row, over in enumerate(done) if not over]
 
-    def _finish(self, rows: list[int], batch: LiveBatch) -> Iterator[BranchEvent]:
+    def _finish(self, rows: list[int], batch: LiveBatch) -> None:
         gone = set(rows)
         for row in rows:
             node, branch = batch.nodes[row], batch.branches[row]
@@ -332,7 +337,7 @@ class _Run:
             self.tree.finish(node, reason)
             self.finished.append((node, branch, reason))
             self._tell_gone(branch)
-            yield BranchEvent("finish", branch, self.stats.steps, reason=reason)
+            self._tell("finish", branch, reason=reason)
         left = [row for row in range(len(batch)) if row not in gone]
         batch.select(left, hold=self.keep_branches)
 

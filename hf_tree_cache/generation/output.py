@@ -9,6 +9,8 @@ import torch
 
 from .record import GenerationTree
 
+EventKind = Literal["token", "fork", "prune", "finish"]
+
 
 @dataclass(frozen=True, slots=True)
 class BranchEvent:
@@ -24,7 +26,7 @@ class BranchEvent:
         text: that a token completes, where the run has a tokenizer.
     """
 
-    kind: Literal["token", "fork", "prune", "finish"]
+    kind: EventKind
     branch: int
     step: int
     token: int | None = None
