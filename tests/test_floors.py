@@ -73,6 +73,7 @@ FLOORS = {
     "integration.trial": 5,
     "integration.linears": 6,
     "integration.pending": 6,
+    "integration.units": 6,
     "integration.small_steps": 7,
     "integration.gated": 7,
     "forward.experts": 6,

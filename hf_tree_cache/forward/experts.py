@@ -6,11 +6,10 @@ from contextlib import nullcontext
 
 import torch
 import triton
-from triton import knobs
 
 from ..overlap import can_overlap, launch_options
 from .experts_kernel import add_up_kernel, experts_kernel, list_items_kernel, route_kernel
-from .linear import Tile, fit, gpu_of
+from .linear import Tile, find_weight_obstacle, fit, gpu_of
 
 MOST_PAIRS = 4096
 """Of a row and an expert that it chose; a program looks through all of them."""
@@ -19,6 +18,7 @@ MOST_EACH = 64
 """Pairs of an expert, on average, up to which reading its weight takes longer than multiplying."""
 
 MANY_EACH = 16
+"""From here on products take larger tiles."""
 
 TILES = {
     # up to MANY_EACH pairs of an expert, on average; more. Measured on an H200, see docs/log.md
@@ -36,19 +36,14 @@ ADDED = 1024
 def find_obstacle(gate_up: torch.Tensor, down: torch.Tensor) -> str | None:
     """Why the kernels cannot serve experts with these weights; None if they can."""
     for weight in (gate_up, down):
-        if weight.device.type != "cuda" and not knobs.runtime.interpret:
-            return f"weights are on {weight.device.type}"
-        if weight.dtype not in (torch.bfloat16, torch.float16) or weight.ndim != 3:
-            return f"weights are {weight.ndim}-dimensional {weight.dtype}"
-        if not weight.is_contiguous() or weight.shape[2] % 8 or weight.data_ptr() % 16:
-            return "rows of weights are not aligned to 16 bytes"
+        obstacle = find_weight_obstacle(weight)
+        if obstacle is not None or weight.ndim != 3:
+            return obstacle or f"a weight has {weight.ndim} dimensions"
     experts, width, size = down.shape
     if gate_up.shape != (experts, 2 * size, width) or gate_up.dtype != down.dtype:
         return f"weights of {tuple(gate_up.shape)} and {tuple(down.shape)} do not match"
     if 2 * size * width >= 1 << 31:
         return "an expert has too many weights"
-    if torch.version.hip or (down.is_cuda and torch.cuda.get_device_capability(down.device)[0] < 8):
-        return "they are on a GPU where this was not tried"
     return None
 
 

@@ -70,12 +70,12 @@ def find_obstacle(layer: nn.Linear) -> str | None:
 
 
 def find_weight_obstacle(weight: torch.Tensor) -> str | None:
-    """As :func:`find_obstacle`, of a ``[N, K]`` weight alone."""
+    """As :func:`find_obstacle`, of a ``[..., N, K]`` weight alone."""
     if weight.device.type != "cuda" and not knobs.runtime.interpret:
         return f"its weight is on {weight.device.type}"
     if weight.dtype not in (torch.bfloat16, torch.float16):
         return f"its weight is {weight.dtype}"
-    if not weight.is_contiguous() or weight.shape[1] % 8 or weight.data_ptr() % 16:
+    if not weight.is_contiguous() or weight.shape[-1] % 8 or weight.data_ptr() % 16:
         return "rows of its weight are not aligned to 16 bytes"
     if torch.version.hip or (
         weight.is_cuda and torch.cuda.get_device_capability(weight.device)[0] < 8

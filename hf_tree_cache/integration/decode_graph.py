@@ -31,6 +31,7 @@ from .routers import Routers
 from .small_steps import SmallSteps
 from .static import StaticDecode, layouts
 from .step import NotCapturable, Step
+from .units import Units
 
 logger = logging.get_logger(__name__)
 
@@ -179,9 +180,7 @@ class DecodeGraphs:
         self._compiled = _compiled_layers(model) if compile else None
         self._model = model
         self._linears = DecodeLinears((), join=False)
-        self._gated = GatedUnits(())
-        self._experts = ExpertUnits(())
-        self._routers = Routers(())
+        self._units: list[Units] = []
         self._small_steps = SmallSteps(())
         self._kinds: dict[Hashable, _Kind] = {}
         self._programs: dict[Call, _Program] = {}
@@ -244,9 +243,8 @@ class DecodeGraphs:
                 stack.enter_context(cache.decode_through(static))
                 stack.enter_context(_without_padding_check(self._model))
                 stack.enter_context(self._linears.switched())
-                stack.enter_context(self._gated.switched())
-                stack.enter_context(self._experts.switched())
-                stack.enter_context(self._routers.switched())
+                for units in self._units:
+                    stack.enter_context(units.switched())
                 static.pending = stack.enter_context(self._small_steps.switched())
                 if compiled is not None:
                     stack.enter_context(compiled.swapped(static, cache.layers))
@@ -375,9 +373,8 @@ class DecodeGraphs:
         compiled = self._compiled
         if not (self._linears and self._linears.intact):
             self._linears = DecodeLinears(self._model.modules(), join=compiled is not None)
-        self._gated = GatedUnits(self._model.modules())
-        self._experts = ExpertUnits(self._model.modules())
-        self._routers = Routers(self._model.modules())
+        kinds = (GatedUnits, ExpertUnits, Routers)
+        self._units = [kind(self._model.modules()) for kind in kinds]
         # Within compiled layers they are the compiler's.
         layers = [] if compiled is None else compiled.layers
         inside = [part for layer in layers for part in layer.modules()]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,7 +11,8 @@ from torch import nn
 
 from ..forward.experts import few_rows_experts, find_obstacle, is_small
 from .experts import EQUAL_IMPLEMENTATIONS
-from .trial import WITHIN, agree, made_up
+from .trial import WITHIN, agree, is_untouched, made_up, twin
+from .units import Forward, Units
 
 PARTS = {"gate_up_proj", "down_proj"}
 """Names of the parameters, as transformers' decorator of experts expects them."""
@@ -26,31 +25,16 @@ TRIAL_SCALES = (0.1, 1, 64)
 """As for gated units."""
 
 
-class ExpertUnits:
-    """Those among ``parts`` that add up shares of down(silu(gate(x)) * up(x)); tried, not read.
-
-    Outside of :meth:`switched` they compute as ever.
-    """
+class ExpertUnits(Units):
+    """Those among ``parts`` that add up shares of down(silu(gate(x)) * up(x)); tried, not read."""
 
     def __init__(self, parts: Iterable[nn.Module]) -> None:
-        found = [part for part in dict.fromkeys(parts) if _is_served(part)]
-        ours = {kind: _fuse(kind) for kind in dict.fromkeys(map(type, found))}
-        self.units = [(part, type(part), ours[type(part)]) for part in found]
-
-    @contextmanager
-    def switched(self) -> Iterator[None]:
-        """Within, few rows take the kernels."""
-        for unit, _, ours in self.units:
-            unit.__class__ = ours
-        try:
-            yield
-        finally:
-            for unit, theirs, _ in self.units:
-                unit.__class__ = theirs
+        found = [(part, None) for part in dict.fromkeys(parts) if _is_served(part)]
+        super().__init__(found, _make_forward)
 
 
-def _fuse(kind: type[nn.Module]) -> type[nn.Module]:
-    """``kind`` with the kernels in its forward."""
+def _make_forward(kind: type[nn.Module], _: None) -> Forward:
+    """That of ``kind`` with the kernels in it."""
 
     def forward(
         self: Any,
@@ -66,11 +50,11 @@ def _fuse(kind: type[nn.Module]) -> type[nn.Module]:
             return few_rows_experts(x, self.gate_up_proj, self.down_proj, chosen, shares)
         return kind.forward(self, x, chosen, shares)
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    return forward
 
 
 def _is_served(module: nn.Module) -> bool:
-    if getattr(module, "has_gate", None) is not True or "forward" in vars(module):
+    if getattr(module, "has_gate", None) is not True or not is_untouched(module):
         return False
     if any(getattr(module, mark, False) for mark in UNUSUAL):
         return False
@@ -79,8 +63,6 @@ def _is_served(module: nn.Module) -> bool:
         return False
     gate_up, down = weights["gate_up_proj"], weights["down_proj"]
     if find_obstacle(gate_up, down) is not None:
-        return False
-    if module._forward_hooks or module._forward_pre_hooks:
         return False
     return _computes_as_ours(module, len(down), like=down)
 
@@ -98,11 +80,10 @@ def _computes_as_ours(module: Any, num_experts: int, *, like: torch.Tensor) -> b
     shares = draw(TRIAL_ROWS, top) / 8
     # The model's own loop over experts: not all implementations take float64.
     loop = inspect.unwrap(type(module).forward)
-    twin = copy.copy(module)
-    twin._parameters = {"gate_up_proj": gate_up, "down_proj": down}
+    other = twin(module, gate_up_proj=gate_up, down_proj=down)
 
     def theirs(x: torch.Tensor) -> object:
-        return loop(twin, x, chosen, shares)
+        return loop(other, x, chosen, shares)
 
     def ours(x: torch.Tensor) -> torch.Tensor:
         gate, up = torch.einsum("rk,rtnk->rtn", x, gate_up[chosen]).chunk(2, -1)

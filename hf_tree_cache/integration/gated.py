@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from torch.func import functional_call
 from ..forward.linear import MOST_ROWS, few_rows_gated, find_obstacle
 from ..forward.small import gated_product
 from .linears import is_plain
-from .trial import WITHIN, agree, made_up
+from .trial import WITHIN, agree, is_untouched, made_up
+from .units import Forward, Units
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
 TRIAL_ROWS = 2
@@ -23,32 +23,16 @@ TRIAL_SCALES = (0.1, 1, 64)
 """Small gates tell activations apart, large ones show where a model bounds them."""
 
 
-class GatedUnits:
-    """Those among ``parts`` whose forward is down(silu(gate(x)) * up(x)); tried, not read.
-
-    Outside of :meth:`switched` they compute as ever.
-    """
+class GatedUnits(Units):
+    """Those among ``parts`` whose forward is down(silu(gate(x)) * up(x)); tried, not read."""
 
     def __init__(self, parts: Iterable[nn.Module]) -> None:
-        found = [part for part in dict.fromkeys(parts) if _is_gated(part)]
-        ours = {kind: _fuse(kind) for kind in dict.fromkeys(map(type, found))}
-        self.units = [(part, type(part), ours[type(part)]) for part in found]
-
-    @contextmanager
-    def switched(self) -> Iterator[None]:
-        """Within, few rows take the kernel."""
-        # Classes, not forwards: a compiler makes one forward for all units of a class.
-        for unit, _, ours in self.units:
-            unit.__class__ = ours
-        try:
-            yield
-        finally:
-            for unit, theirs, _ in self.units:
-                unit.__class__ = theirs
+        found = [(part, None) for part in dict.fromkeys(parts) if _is_gated(part)]
+        super().__init__(found, _make_forward)
 
 
-def _fuse(kind: type[nn.Module]) -> type[nn.Module]:
-    """``kind`` with the kernel in its forward."""
+def _make_forward(kind: type[nn.Module], _: None) -> Forward:
+    """That of ``kind`` with the kernel in it."""
 
     def forward(self: Any, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         (x,) = args or kwargs.values()
@@ -60,20 +44,18 @@ def _fuse(kind: type[nn.Module]) -> type[nn.Module]:
             hidden = gated_product(self.gate_proj(x), self.up_proj(x))
         return self.down_proj(hidden)
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    return forward
 
 
 def _is_gated(module: nn.Module) -> bool:
     layers = [module._modules.get(name) for name in NAMES]
     linears = [x for x in layers if isinstance(x, nn.Linear) and is_plain(x)]
-    if len(linears) < len(NAMES) or "forward" in vars(module):
+    if len(linears) < len(NAMES) or not is_untouched(module):
         return False
     gate, up, _ = linears
     if gate.weight.shape != up.weight.shape or gate.weight.dtype != up.weight.dtype:
         return False
     if any(find_obstacle(x) is not None or x.bias is not None for x in (gate, up)):
-        return False
-    if module._forward_hooks or module._forward_pre_hooks:
         return False
     if len(inspect.signature(module.forward).parameters) != 1:
         return False

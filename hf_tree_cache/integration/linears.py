@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..forward.linear import MOST_ROWS, few_rows_linear, find_obstacle
+from .trial import is_untouched
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of neighbours that models apply to one input."""
@@ -203,7 +204,7 @@ def is_plain(module: nn.Linear) -> bool:
     """Whether it is a linear layer that does nothing but its product."""
     if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
         return False
-    return not ("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
+    return is_untouched(module)
 
 
 def _neighbours(module: nn.Module, names: Sequence[str]) -> list[nn.Linear] | None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from ..forward.experts import MOST_ROUTED, MOST_TOP, route
 from ..forward.linear import MOST_ROWS, few_rows_linear, find_weight_obstacle
-from .trial import WITHIN, agree, made_up
+from .trial import WITHIN, agree, is_untouched, made_up, twin
+from .units import Forward, Units
 
 TRIAL_ROWS, TRIAL_WIDTH = 3, 16
 
@@ -28,36 +27,19 @@ class Style(NamedTuple):
 STYLES = [Style(normed, wide) for normed in (True, False) for wide in (False, True)]
 
 
-class Routers:
+class Routers(Units):
     """Those among ``parts`` that choose experts by softmax; tried, not read.
 
-    They return logits, shares and experts. Outside of :meth:`switched` they compute as ever.
+    They return logits, shares and experts.
     """
 
     def __init__(self, parts: Iterable[nn.Module]) -> None:
-        found = [
-            (part, style)
-            for part in dict.fromkeys(parts)
-            if (style := _find_style(part)) is not None
-        ]
-        kinds = dict.fromkeys((type(part), style) for part, style in found)
-        ours = {kind: _fuse(*kind) for kind in kinds}
-        self.units = [(part, type(part), ours[type(part), style]) for part, style in found]
-
-    @contextmanager
-    def switched(self) -> Iterator[None]:
-        """Within, they take the kernels."""
-        for unit, _, ours in self.units:
-            unit.__class__ = ours
-        try:
-            yield
-        finally:
-            for unit, theirs, _ in self.units:
-                unit.__class__ = theirs
+        styles = ((part, _find_style(part)) for part in dict.fromkeys(parts))
+        super().__init__([found for found in styles if found[1] is not None], _make_forward)
 
 
-def _fuse(kind: type[nn.Module], style: Style) -> type[nn.Module]:
-    """``kind`` with the kernels in its forward."""
+def _make_forward(kind: type[nn.Module], style: Style) -> Forward:
+    """That of ``kind`` with the kernels in it."""
 
     def forward(self: Any, hidden_states: torch.Tensor) -> Any:
         x, weight = hidden_states.reshape(-1, hidden_states.shape[-1]), self.weight
@@ -69,23 +51,21 @@ def _fuse(kind: type[nn.Module], style: Style) -> type[nn.Module]:
             logits = nn.functional.linear(x, weight)
         return logits, *route(logits, self.top_k, *style)
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    return forward
 
 
 def _find_style(module: Any) -> Style | None:
     """How the kernel would do what ``module`` does; None if it would not."""
     weights = dict(module.named_parameters())
     top = getattr(module, "top_k", None)
-    if set(weights) != {"weight"} or type(top) is not int or "forward" in vars(module):
+    if set(weights) != {"weight"} or type(top) is not int:
         return None
     weight = weights["weight"]
     if weight.ndim != 2 or find_weight_obstacle(weight) is not None:
         return None
     if not (0 < top <= min(MOST_TOP, len(weight)) and len(weight) <= MOST_ROUTED):
         return None
-    if module._forward_hooks or module._forward_pre_hooks:
-        return None
-    if len(inspect.signature(module.forward).parameters) != 1:
+    if not is_untouched(module) or len(inspect.signature(module.forward).parameters) != 1:
         return None
     return next((style for style in STYLES if _computes_so(module, len(weight), top, style)), None)
 
@@ -95,16 +75,9 @@ def _computes_so(module: nn.Module, num_experts: int, top: int, style: Style) ->
     like = next(module.parameters())
     weight = made_up(num_experts, TRIAL_WIDTH, like=like, dtype=torch.float64).sin()
     x = made_up(TRIAL_ROWS, TRIAL_WIDTH, like=like, dtype=torch.float64)
-
-    def theirs(x: torch.Tensor) -> object:
-        before = getattr(module, "hidden_dim", None)
-        try:
-            if before is not None:  # a size, which they reshape to
-                vars(module)["hidden_dim"] = TRIAL_WIDTH
-            return functional_call(module, {"weight": weight}, (x,))
-        finally:
-            if before is not None:
-                vars(module)["hidden_dim"] = before
+    theirs = twin(module, weight=weight)
+    if hasattr(theirs, "hidden_dim"):  # which they reshape to
+        theirs.hidden_dim = TRIAL_WIDTH
 
     def ours(x: torch.Tensor) -> object:
         logits = x @ weight.T

@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from ..forward.small import HALF, Rotation, Sum, make_rotary, rms_norm
 from .pending import Pending
-from .trial import WITHIN, agree, made_up
+from .trial import WITHIN, agree, is_untouched, made_up
 
 EPS_NAMES = ("variance_epsilon", "eps")
 ROTARY = "apply_rotary_pos_emb"
@@ -88,9 +88,7 @@ class SmallSteps:
         weight = module._parameters.get("weight")
         if not isinstance(eps, float) or weight is None or weight.ndim != 1 or weight.is_meta:
             return None
-        if len(list(module.parameters())) > 1 or "forward" in vars(module):
-            return None
-        if module._forward_hooks or module._forward_pre_hooks:
+        if len(list(module.parameters())) > 1 or not is_untouched(module):
             return None
         if len(inspect.signature(module.forward).parameters) != 1:
             return None

@@ -88,14 +88,13 @@ class StaticDecode:
         if keys.shape[0] != now.bucket or keys.shape[2] != 1:
             raise NotCapturable(f"a layer writes K of {tuple(keys.shape)}")
         # First of all: the next operator, be it to find the slots, would write it.
-        rotation = None if self.pending is None else self.pending.take_rotation(keys)
+        dtype, rotation = storage.spec.dtype, None
+        if self.pending is not None and keys.dtype == values.dtype == dtype:
+            rotation = self.pending.take_rotation(keys)
         slots = self._targets[now.index(storage)].slots(storage, layer)
-        dtype = storage.spec.dtype
-        if rotation is not None and keys.dtype == values.dtype == dtype:
+        if rotation is not None:
             rotation.write(values, slots)
         else:
-            if rotation is not None:
-                rotation.write()
             scatter_tokens(keys.to(dtype), values.to(dtype), slots)
         return LayerKV(now.padded, storage, layer, (keys, values), "triton", _refuse, self.attend)
 

@@ -6,12 +6,27 @@ that a model happens to have, ways that differ can be as close as rounding.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import nn
 
 WITHIN = 1e-4
 """Of the largest, where both compute in float64, or in float32 for a part."""
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether it computes what its class does: no hooks, no forward of its own."""
+    return not ("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
+
+
+def twin(module: nn.Module, **weights: torch.Tensor) -> Any:
+    """``module`` with other weights in the place of all of its own."""
+    made: Any = copy.copy(module)
+    made._parameters = weights
+    return made
 
 
 def made_up(*shape: int, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
