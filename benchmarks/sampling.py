@@ -112,7 +112,7 @@ def complaints() -> list[str]:
         ids = torch.arange(VOCABULARY, device="cuda")
         for name, sampling in SAMPLINGS.items():
             options = {k: getattr(sampling, k) for k in ("temperature", "top_k", "top_p", "min_p")}
-            tokens, numbers, cut = draw_kernel.draw(logits, noise, **options)
+            tokens, _, numbers, cut = draw_kernel.draw(logits, noise, **options)
             scores = sampling.process(logits.float())
             scaled = logits.float() / sampling.temperature
             top, floor = numbers[:, 1:2], numbers[:, 3:4]

@@ -36,7 +36,7 @@ def check_draws(vocab: int, dtype: torch.dtype, names: Iterable[str]) -> Iterato
     for name in names:
         sampling, logits = SAMPLINGS[name], rows(vocab, dtype)
         noise = torch.empty(logits.shape).exponential_()
-        tokens, numbers, cut = draw(logits, noise, **options(sampling))
+        tokens, _, numbers, cut = draw(logits, noise, **options(sampling))
         want = kept_by_sorting(logits, sampling)
         where = f"{name}, {vocab} x {dtype}"
         if not torch.equal(kept_by_kernel(logits, sampling, numbers, cut), want):
@@ -67,7 +67,7 @@ def check_wide() -> Iterator[str]:
     noise = torch.empty(logits.shape).exponential_()
     for sampling, count in ((Sampling(top_p=0.9), 8), (Sampling(top_p=0.5, top_k=2_000), 1)):
         few = logits[:count]
-        tokens, numbers, cut = draw(few, noise[:count], **options(sampling))
+        tokens, _, numbers, cut = draw(few, noise[:count], **options(sampling))
         kept = kept_by_kernel(few, sampling, numbers, cut)
         different = (kept != kept_by_sorting(few, sampling)).sum(1)
         # Where the border falls between two tokens of the same sum in float32, either may go.
@@ -105,7 +105,7 @@ def check_ranks() -> Iterator[str]:
             logits = torch.randn(1, 300).mul(2).round().expand(6, 300).contiguous()
             noise = torch.empty(logits.shape).exponential_()
             order = {"leaders": [0, 1, 0, 0, 0, 5], "ranks": [0, 0, 1, 2, 3, 0]}
-            tokens, _, _ = draw(logits, None if greedy else noise, **order, **options(sampling))
+            tokens, _, _, _ = draw(logits, None if greedy else noise, **order, **options(sampling))
             want = kept_by_sorting(logits, sampling)
             race = logits.masked_fill(~want, -math.inf)
             race = race if greedy else race.softmax(-1) / noise
@@ -124,9 +124,13 @@ def check_broken() -> Iterator[str]:
     noise = torch.empty(logits.shape).exponential_()
     for name in ("as it is", "all"):
         sampling = SAMPLINGS[name]
-        tokens, numbers, _ = draw(logits, noise, **options(sampling))
+        tokens, table, numbers, _ = draw(logits, noise, **options(sampling))
         if numbers[:, 0].isnan().tolist() != [True, True, True, False]:
             yield f"{name}: broken rows by {numbers[:, 0].tolist()}"
+        if table[:2].tolist() != [tokens.tolist(), [1, 1, 1, 0]]:
+            yield f"{name}: the table says {table.tolist()}"
+        if not torch.equal(table[2].float(), numbers[:, 0]) and table[2, 3] != numbers[3, 0]:
+            yield f"{name}: log-probs in the table {table[2].tolist()}"
         if not ((tokens >= 0) & (tokens < 300)).all():
             yield f"{name}: tokens {tokens.tolist()}"
 

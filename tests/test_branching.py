@@ -9,8 +9,11 @@ import torch
 from models import TINY, build
 from transformers import (
     DynamicCache,
+    EosTokenCriteria,
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -31,9 +34,11 @@ from hf_tree_cache import (
     tree_generate,
 )
 from hf_tree_cache.generation import loop
+from hf_tree_cache.generation.stopping import Stopping
 
 PROMPTS = torch.tensor([[0, 0, 0, 11, 12, 13, 14, 15, 16], [21, 22, 23, 24, 25, 26, 27, 28, 29]])
 MASK = (PROMPTS != 0).long()
+FULL = PROMPTS.masked_fill(PROMPTS == 0, 17)  # nothing is hidden
 SETTINGS = {"attention_mask": MASK, "pad_token_id": 0, "custom_generate": tree_generate}
 
 
@@ -78,17 +83,17 @@ class ForkAndPruneAtRandom(BranchingProcessor):
         return scores
 
 
-def dense_logits(model, prompts: list[int], generated: list[list[int]], stepwise: bool):
+def dense_logits(model, prompts: torch.Tensor, generated: list[list[int]], stepwise: bool):
     """Logits ``[branches, tokens, V]`` before each token, of rows that share nothing.
 
     In one forward, or stepwise: linear attention rounds differently by chunk and by step.
     """
     most = max(map(len, generated))
     tails = torch.tensor([tokens + [0] * (most - len(tokens)) for tokens in generated])
-    ids = torch.cat([PROMPTS[prompts], tails], 1)
-    mask = torch.cat([MASK[prompts], torch.ones_like(tails)], 1)
+    ids = torch.cat([prompts, tails], 1)
+    mask = torch.cat([(prompts != 0).long(), torch.ones_like(tails)], 1)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    first = PROMPTS.shape[1]
+    first = prompts.shape[1]
     if not stepwise:
         out = model(ids, attention_mask=mask, position_ids=positions, use_cache=False)
         return out.logits[:, first - 1 : -1].float()
@@ -105,12 +110,12 @@ def dense_logits(model, prompts: list[int], generated: list[list[int]], stepwise
     return torch.stack(logits, 1)
 
 
-def check_law(model, out, record: Record, stepwise: bool) -> None:
+def check_law(model, out, record: Record, stepwise: bool, prompts=PROMPTS) -> None:
     # Alone and in a batch of six, transformers' own qwen3_next differs from itself by 2.5e-4.
     tolerance = 1e-3 if model.config.model_type == "qwen3_next" else 1e-4
     assert len(out) > 1
     tokens = [out.tree.tokens(leaf, include_prompt=False) for leaf in out.leaves]
-    dense = dense_logits(model, list(out.prompts), tokens, stepwise)
+    dense = dense_logits(model, prompts[list(out.prompts)], tokens, stepwise)
     for row, (leaf, branch, prompt) in enumerate(
         zip(out.leaves, out.branches, out.prompts, strict=True)
     ):
@@ -134,17 +139,18 @@ def check_law(model, out, record: Record, stepwise: bool) -> None:
 def test_every_branch_equals_an_independent_run(name, do_sample, enabled):
     model = build(name)
     record = Record()
+    prompts = PROMPTS if do_sample else FULL
     handle = enable_tree_attention(model) if enabled else None
     cache = TreeCache(block_size=4, poison=True)
     torch.manual_seed(5)
     out = model.generate(
-        PROMPTS,
+        prompts,
         past_key_values=cache,
         branching=[record, ForkAtFirstToken(2), ForkAndPruneAtRandom(3)],
         max_branches=14,
         do_sample=do_sample,
         max_new_tokens=19,
-        **SETTINGS,
+        **{**SETTINGS, "attention_mask": (prompts != 0).long()},
     )
     if handle is not None:
         handle.disable()
@@ -153,7 +159,7 @@ def test_every_branch_equals_an_independent_run(name, do_sample, enabled):
     assert out.stats.forks > 4 and out.stats.prunes > 0
     assert out.stats.prefill_tokens_computed == PROMPTS.numel()
     assert cache.stats().blocks == 0
-    check_law(model, out, record, TINY[name].states)
+    check_law(model, out, record, TINY[name].states, prompts)
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +202,64 @@ def test_stock_processors_and_criteria_work_unchanged(llama):
     assert "stop" in out.finish_reasons
     for leaf, reason in zip(out.leaves, out.finish_reasons, strict=True):
         assert (out.tree.tokens(leaf)[-1] % 7 == 0) == (reason == "stop")
+
+
+@pytest.mark.parametrize("hides", [False, True], ids=["nothing hidden", "padded"])
+def test_a_step_takes_on_what_transformers_would(llama, monkeypatch, hides):
+    """The same tokens and positions; transformers is not asked where nothing is hidden."""
+    prompts = PROMPTS if hides else FULL
+    options = dict(ids=prompts, attention_mask=(prompts != 0).long())
+    passed: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def note(module, args, kwargs):
+        passed.append((kwargs["input_ids"].clone(), kwargs["position_ids"].clone()))
+
+    def run():
+        passed.clear()
+        with monkeypatch.context() as patch:
+            prepare, asked = GenerationMixin.prepare_inputs_for_generation, []
+            # Noted on the class that has it, so that it stays the model's own.
+            patch.setattr(
+                GenerationMixin,
+                "prepare_inputs_for_generation",
+                lambda *args, **kwargs: asked.append(1) or prepare(*args, **kwargs),
+            )
+            hook = llama.register_forward_pre_hook(note, with_kwargs=True)
+            try:
+                out = generate(llama, branching=[ForkAtPositions([3], 2)], **options)
+            finally:
+                hook.remove()
+        return out.sequences, list(passed), len(asked)
+
+    ours = run()
+    monkeypatch.setattr("hf_tree_cache.generation.step_inputs._find_constant", lambda *args: None)
+    theirs = run()
+    assert torch.equal(ours[0], theirs[0])
+    assert theirs[2] > 10 and ours[2] == (theirs[2] if hides else 2)
+    assert len(ours[1]) == len(theirs[1])
+    for mine, want in zip(ours[1], theirs[1], strict=True):
+        assert torch.equal(mine[0], want[0]) and torch.equal(mine[1], want[1])
+
+
+def test_the_host_knows_lengths_and_ends_and_asks_the_others():
+    class Odd(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return input_ids[:, -1] % 2 == 1
+
+    class Mine(MaxLengthCriteria):
+        pass
+
+    ids = torch.tensor([[1, 2, 3], [1, 2, 4]])
+    known = Stopping([MaxLengthCriteria(4), MaxLengthCriteria(9), EosTokenCriteria([3, 7])])
+    assert known.ask(ids, None) is None
+    assert known.known([3, 4], 3) == [True, False]
+    assert known.known([5, 4], 4) == [True, True]
+    asked = Stopping([Odd(), Mine(3), EosTokenCriteria(4)])
+    assert asked.known([3, 4], 3) == [False, True]
+    assert asked.ask(ids, None).tolist() == [True, True], "a subclass may do anything"
+    assert Stopping([Odd()]).ask(ids, None).tolist() == [True, False]
+    # It would remind of the model's length, so it is called.
+    assert Stopping([MaxLengthCriteria(4, 2)]).ask(ids, None).tolist() == [False, False]
 
 
 def test_finished_branches_leave_the_batch_and_free_their_blocks(llama):

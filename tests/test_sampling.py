@@ -120,7 +120,7 @@ def test_the_kernel_keeps_what_transformers_keeps(
     sampling, logits = SAMPLINGS[name], rows(vocab, dtype, "cuda")
     noise = torch.empty(logits.shape, device="cuda").exponential_()
     options = {k: getattr(sampling, k) for k in ("temperature", "top_k", "top_p", "min_p")}
-    _, numbers, cut = draw_kernel.draw(logits, noise, **options)
+    _, _, numbers, cut = draw_kernel.draw(logits, noise, **options)
     kept = kept_by_kernel(logits, sampling, numbers, cut)
     want = kept_by_sorting(logits, sampling)
     # Where the border falls between two tokens of the same sum in float32, either may go.
@@ -178,8 +178,7 @@ def test_rows_that_allow_no_token_are_told_apart(do_sample: bool, device: str) -
         drawn = draw(logits, sampling)
         assert drawn.broken.tolist() == [True, True, True, False, False]
         assert drawn.tokens[3] == 0
-        packed = drawn.pack(drawn.broken)
-        assert packed.shape == (4, 5) and packed[0].tolist() == drawn.tokens.tolist()
+        assert drawn.table.shape == (3, 5) and drawn.table[0].tolist() == drawn.tokens.tolist()
 
 
 # Different tokens for the children of a fork

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
-from transformers.utils import ModelOutput
 
 from ..integration.cache import TreeCache
 from .processors import BranchBatch
 from .record import GenerationTree
 from .sending import to_device
+from .step_inputs import StepInputs
 
 
 @dataclass
@@ -22,7 +22,7 @@ class LiveBatch:
 
     Attributes:
         input_ids: ``[R, L]`` int64, left-padded prompt and generated tokens.
-        model_kwargs: what transformers' loop would carry from step to step.
+        inputs: what the model gets besides the tokens.
         nodes: leaf of each row in the record.
         prompts: prompt of each row.
         branches: branch of each row in the cache; known after the prefill.
@@ -32,7 +32,7 @@ class LiveBatch:
     """
 
     input_ids: torch.Tensor
-    model_kwargs: dict[str, Any]
+    inputs: StepInputs
     nodes: list[int]
     prompts: list[int]
     lengths: list[int]
@@ -52,8 +52,8 @@ class LiveBatch:
         prompts: dict[tuple[int, ...], int] = {}
         roots: list[int] = []
         nodes, of_row = [], []
-        rows = input_ids.tolist()
-        for ids, keep in zip(rows, mask.tolist(), strict=True):
+        rows, kept = input_ids.tolist(), mask.tolist()
+        for ids, keep in zip(rows, kept, strict=True):
             tokens = tuple(token for token, real in zip(ids, keep, strict=True) if real)
             if tokens not in prompts:
                 prompts[tokens] = len(roots)
@@ -61,7 +61,8 @@ class LiveBatch:
             of_row.append(prompts[tokens])
             nodes.append(tree.open_branch(roots[of_row[-1]]))
         count = len(nodes)
-        made = cls(input_ids, model_kwargs, nodes, of_row, [0] * count, [0.0] * count)
+        inputs = StepInputs(model_kwargs, hides=not all(map(all, kept)))
+        made = cls(input_ids, inputs, nodes, of_row, [0] * count, [0.0] * count)
         made.last_tokens = [ids[-1] for ids in rows]
         return made
 
@@ -70,16 +71,14 @@ class LiveBatch:
 
     def prefill(self, model: Any, config: GenerationConfig, cache: TreeCache) -> torch.Tensor:
         """Run the prompts; ``[R, V]`` logits of their last tokens, as the model has them."""
-        outputs = model._prefill(self.input_ids, config, self.model_kwargs)
+        outputs = model._prefill(self.input_ids, config, self.inputs.kwargs)
         self._cache = cache
         self.branches = [int(branch) for branch in cache.rows]
         return self._take(model, outputs)
 
     def forward(self, model: Any) -> torch.Tensor:
         """Run the last token of every row; ``[R, V]`` logits, as the model has them."""
-        inputs = model.prepare_inputs_for_generation(
-            self.input_ids, next_sequence_length=1, **self.model_kwargs
-        )
+        inputs = self.inputs.of_step(model, self.input_ids)
         return self._take(model, model(**inputs, return_dict=True))
 
     def select(self, rows: Sequence[int], *, hold: bool = False) -> None:
@@ -92,16 +91,13 @@ class LiveBatch:
         if list(rows) == list(range(len(self))):
             return
         assert self._cache is not None
-        cache = self.model_kwargs["past_key_values"]
+        cache = self.inputs.kwargs["past_key_values"]
         if hold:
             cache.set_rows([self._cache.rows[row] for row in rows])
         else:
             cache.reorder_cache(torch.tensor(rows, dtype=torch.int64))
         index = to_device(rows, self.input_ids.device)
-        self.model_kwargs = {
-            key: value if key == "past_key_values" else _select(key, value, index, len(self))
-            for key, value in self.model_kwargs.items()
-        }
+        self.inputs.select(index, len(self))
         self.input_ids = self.input_ids.index_select(0, index)
         self.nodes = [self.nodes[row] for row in rows]
         self.prompts = [self.prompts[row] for row in rows]
@@ -129,23 +125,7 @@ class LiveBatch:
             self.logprobs[row] += logprob
 
     def _take(self, model: Any, outputs: Any) -> torch.Tensor:
-        self.model_kwargs = model._update_model_kwargs_for_generation(
-            outputs, self.model_kwargs, is_encoder_decoder=model.config.is_encoder_decoder
-        )
+        self.inputs.advance(model, outputs)
         logits = outputs.logits[:, -1].to(self.input_ids.device)
         # Else the logits of a whole prompt would stay.
         return logits.clone() if outputs.logits.shape[1] > 1 else logits
-
-
-def _select(name: str, value: Any, index: torch.Tensor, num_rows: int) -> Any:
-    """``value`` for the rows ``index``, where it has a batch of ``num_rows``."""
-    if isinstance(value, torch.Tensor):
-        dim = 1 if name == "position_ids" and value.ndim == 3 else 0
-        if value.ndim > dim and value.shape[dim] == num_rows:
-            return value.index_select(dim, index.to(value.device))
-        return value
-    if isinstance(value, ModelOutput):
-        return type(value)({k: _select(k, v, index, num_rows) for k, v in value.items()})
-    if type(value) in (list, tuple):
-        return type(value)(_select(name, item, index, num_rows) for item in value)
-    return value

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton
@@ -393,6 +394,7 @@ def draw_kernel(
     p_token,  # [R] int64
     p_numbers,  # [R, 4] float32: log-prob, largest, log-sum-exp, lowest value that is kept
     p_cut,  # [R] int32, ids from which on those of that value are kept
+    p_table,  # [3, R] float64: token, whether the row is broken, log-prob
     stride_logits,
     vocab,
     scale,
@@ -545,10 +547,15 @@ def draw_kernel(
     token = tl.minimum(tl.maximum(token, 0), vocab - 1)
     logsumexp = pivot + tl.log(total)
     logprob = tl.load(p_x + token).to(tl.float32) - logsumexp
+    logprob = tl.where(is_fine, logprob, float("nan"))
     tl.store(p_token + i_row, token.to(tl.int64))
     tl.store(p_cut + i_row, cut)
+    p_table += i_row
+    tl.store(p_table, token.to(tl.float64))
+    tl.store(p_table + tl.num_programs(0), tl.where(is_fine, 0.0, 1.0).to(tl.float64))
+    tl.store(p_table + 2 * tl.num_programs(0), logprob.to(tl.float64))
     p_numbers += i_row * 4
-    tl.store(p_numbers, tl.where(is_fine, logprob, float("nan")))
+    tl.store(p_numbers, logprob)
     tl.store(p_numbers + 1, top)
     tl.store(p_numbers + 2, logsumexp)
     tl.store(p_numbers + 3, floor)
@@ -564,7 +571,7 @@ def draw(
     min_p: float = 0.0,
     leaders: Sequence[int] | None = None,
     ranks: Sequence[int] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The token of each row and what it was drawn from. The host does not wait.
 
     Args:
@@ -576,7 +583,8 @@ def draw(
             are left, the first.
 
     Returns:
-        tokens int64 ``[R]``; float32 ``[R, 4]``: log-prob of the token under the logits, NaN where
+        tokens int64 ``[R]``; float64 ``[3, R]`` for the host: tokens, 1 where a row is broken,
+        log-probs; float32 ``[R, 4]``: log-prob of the token under the logits, NaN where
         they hold NaN, +inf or nothing but -inf, the largest scaled logit, log-sum-exp of the
         logits, the lowest scaled logit that top-k and top-p keep; int32 ``[R]``: of tokens equal to
         that those from this id on are kept.
@@ -587,13 +595,16 @@ def draw(
     device = logits.device
     padded = triton.next_power_of_2(triton.cdiv(vocab, GROUP))
     keeps_all = (not top_k or top_k >= vocab) and top_p >= 1 and min_p <= 0
-    scratch = (1,) if keeps_all else (num_rows, padded)
-    best = torch.empty(scratch, dtype=torch.float32, device=device)
-    near = torch.empty_like(best) if top_p < 1 else best
-    listed = torch.empty(scratch, dtype=torch.int32, device=device)
     tokens = torch.empty(num_rows, dtype=torch.int64, device=device)
+    table = torch.empty(3, num_rows, dtype=torch.float64, device=device)
     numbers = torch.empty(num_rows, 4, dtype=torch.float32, device=device)
     cut = torch.empty(num_rows, dtype=torch.int32, device=device)
+    # What is not used stands for what is not needed.
+    best, listed = numbers, cut
+    if not keeps_all:
+        best = torch.empty(num_rows, padded, dtype=torch.float32, device=device)
+        listed = torch.empty(num_rows, padded, dtype=torch.int32, device=device)
+    near = torch.empty_like(best) if top_p < 1 else best
     places = listed if leaders is None else to_device(leaders, device, torch.int32)
     draw_kernel[(num_rows,)](
         logits,
@@ -606,6 +617,7 @@ def draw(
         tokens,
         numbers,
         cut,
+        table,
         logits.stride(0),
         vocab,
         reciprocal(temperature),
@@ -624,9 +636,10 @@ def draw(
         STAGES=NUM_STAGES if has_room(device) else 1,
         num_warps=NUM_WARPS,
     )
-    return tokens, numbers, cut
+    return tokens, table, numbers, cut
 
 
+@cache
 def has_room(device: torch.device) -> bool:
     """Whether a program may hold 128 KB in shared memory."""
     if device.type != "cuda" or torch.version.hip:
@@ -634,6 +647,7 @@ def has_room(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) in {(8, 0), (9, 0), (10, 0), (10, 3)}
 
 
+@cache
 def reciprocal(temperature: float) -> float:
     """What torch multiplies by where it divides float32 on a GPU by a number."""
     return float(torch.tensor(1.0) / torch.tensor(temperature, dtype=torch.float32))

@@ -134,7 +134,7 @@ class Extension:
             self._generator,
             batch.uncertainty,
         )
-        tokens, broken, logprobs = drawn.pack().tolist()
+        tokens, broken, logprobs = drawn.table.tolist()
         if any(broken):
             raise NonFiniteScores(
                 f"Branch {rows[broken.index(1)].state.branch} has scores with NaN, +inf or "

@@ -28,6 +28,7 @@ from .processors import BranchingProcessor, run_processors
 from .record import GenerationTree
 from .sampling import draw_tokens
 from .sending import to_device
+from .stopping import Stopping
 from .uncertainty import Uncertainty
 
 AHEAD_ON = ("cuda",)
@@ -91,7 +92,7 @@ def tree_generate(
         config=config,
         cache=cache,
         logits_processor=logits_processor or LogitsProcessorList(),
-        stopping_criteria=stopping_criteria or StoppingCriteriaList(),
+        stopping=Stopping(stopping_criteria or ()),
         branching=list(branching),
         max_branches=max_branches,
         keep_branches=keep_branches,
@@ -149,7 +150,7 @@ class _Run:
     config: GenerationConfig
     cache: TreeCache
     logits_processor: LogitsProcessorList
-    stopping_criteria: StoppingCriteriaList
+    stopping: Stopping
     branching: list[BranchingProcessor]
     max_branches: int
     keep_branches: bool
@@ -282,9 +283,10 @@ class _Run:
         batch.input_ids = torch.cat([batch.input_ids, drawn.tokens[:, None]], 1)
         # As in generate, who stops by scores asks for them.
         shown: Any = scores if self.config.output_scores else None
-        done = self.stopping_criteria(batch.input_ids, shown)
-        done = torch.as_tensor(done, device=logits.device).expand(len(batch))
-        return _Arriving(drawn.pack(done))
+        stopped = self.stopping.ask(batch.input_ids, shown)
+        if stopped is None:
+            return _Arriving(drawn.table)
+        return _Arriving(torch.cat([drawn.table, stopped.to(drawn.table)[None]]))
 
     def _run_ahead(self, batch: LiveBatch) -> torch.Tensor | None:
         """Run the next step before the host knows what was drawn, so that the GPU never waits.
@@ -312,22 +314,26 @@ class _Run:
 
     def _record(self, batch: LiveBatch, drawn: _Arriving) -> list[int]:
         """Wait for what was drawn, book it, and let finished rows go; which rows are left."""
-        tokens, broken, logprobs, done = drawn.read()
+        numbers, broken, logprobs, *stopped = drawn.read()
         if any(broken):
             raise NonFiniteScores(
                 f"Branch {batch.branches[broken.index(1)]} has scores with NaN, +inf or nothing "
                 "but -inf. A processor masked every token, or the model overflowed (try bfloat16 "
                 "or float32)."
             )
-        batch.note([int(token) for token in tokens], logprobs, self.tree)
+        tokens = [int(number) for number in numbers]
+        batch.note(tokens, logprobs, self.tree)
         self.stats.steps += 1
         if self.tell is not None:
             for branch, token, logprob in zip(batch.branches, tokens, logprobs, strict=True):
-                self._tell("token", branch, token=int(token), logprob=logprob)
-        rows = [row for row, over in enumerate(done) if over]
-        if rows:
-            self._finish(rows, batch)
-        return [row for row, over in enumerate(done) if not over]
+                self._tell("token", branch, token=token, logprob=logprob)
+        done = self.stopping.known(tokens, batch.input_ids.shape[1])
+        for asked in stopped:
+            done = [known or bool(over) for known, over in zip(done, asked, strict=True)]
+        left = [row for row, over in enumerate(done) if not over]
+        if len(left) < len(done):
+            self._finish([row for row, over in enumerate(done) if over], batch)
+        return left
 
     def _finish(self, rows: list[int], batch: LiveBatch) -> None:
         gone = set(rows)

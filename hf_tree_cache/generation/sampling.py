@@ -22,22 +22,28 @@ class Drawn:
 
     Attributes:
         tokens: int64 ``[R]``.
-        logprobs: float32 ``[R]``, log-probs of the tokens under the model's own logits.
-        broken: bool ``[R]``, rows whose scores hold NaN, +inf or nothing but -inf; their token says
-            nothing.
+        table: float64 ``[3, R]``, to be copied to the host at once: the tokens, which it holds
+            exactly; 1 for a row whose scores hold NaN, +inf or nothing but -inf, whose token says
+            nothing; log-probs of the tokens under the model's own logits.
     """
 
     tokens: torch.Tensor
-    logprobs: torch.Tensor
-    broken: torch.Tensor
+    table: torch.Tensor
 
-    def pack(self, *more: torch.Tensor) -> torch.Tensor:
-        """float64 ``[3 + len(more), R]``: tokens, which it holds exactly, broken, log-probs, more.
+    @classmethod
+    def of(cls, tokens: torch.Tensor, broken: torch.Tensor, logprobs: torch.Tensor) -> Drawn:
+        """All of them ``[R]``."""
+        return cls(tokens, torch.stack([x.double() for x in (tokens, broken, logprobs)]))
 
-        One tensor, to be copied to the host at once.
-        """
-        columns = (self.tokens, self.broken, self.logprobs, *more)
-        return torch.stack([column.double() for column in columns])
+    @property
+    def broken(self) -> torch.Tensor:
+        """bool ``[R]``."""
+        return self.table[1] > 0
+
+    @property
+    def logprobs(self) -> torch.Tensor:
+        """float32 ``[R]``."""
+        return self.table[2].float()
 
 
 def draw_tokens(
@@ -83,8 +89,7 @@ def draw_tokens(
     back = to_device(sorted(range(len(order)), key=order.__getitem__), logits.device)
     return Drawn(
         torch.cat([part.tokens for part in parts])[back],
-        torch.cat([part.logprobs for part in parts])[back],
-        torch.cat([part.broken for part in parts])[back],
+        torch.cat([part.table for part in parts], 1)[:, back],
     )
 
 
@@ -125,7 +130,7 @@ def _draw(
         logprobs = weights.gather(1, picked).squeeze(1).log()
     else:
         logprobs = raw.log_softmax(-1).gather(1, picked).squeeze(1)
-    return Drawn(tokens, logprobs, broken)
+    return Drawn.of(tokens, broken, logprobs)
 
 
 def _draw_by_kernel(
@@ -153,19 +158,17 @@ def _draw_by_kernel(
         "top_p": sampling.top_p,
         "min_p": sampling.min_p,
     }
-    tokens, numbers, _ = kernels.draw(
+    tokens, table, _, _ = kernels.draw(
         scores,
         noise,
         leaders=leaders,
         ranks=ranks,
         **(filters if sampling.do_sample else {}),
     )
-    logprobs = numbers[:, 0]
-    broken = logprobs.isnan()
     if scores is not logits:
         total = uncertainty.measured(logits)[:, 0]
-        logprobs = logits.gather(1, tokens[:, None]).squeeze(1).float() - total
-    return Drawn(tokens, logprobs, broken)
+        table[2] = logits.gather(1, tokens[:, None]).squeeze(1).float() - total
+    return Drawn(tokens, table)
 
 
 def _kernels(scores: torch.Tensor) -> ModuleType | None:

@@ -52,7 +52,7 @@ def read_call(step: Step, kwargs: dict[str, Any]) -> Call:
     rows = len(step.counts)
     tensors: list[tuple[str, int, tuple[int, ...], torch.dtype]] = []
     constants: list[tuple[str, Hashable]] = []
-    for name, value in kwargs.items():
+    for name, value in sorted(kwargs.items()):  # in whatever order a loop passes them
         if name == "past_key_values":
             continue
         if name == "attention_mask" and value is not None:
