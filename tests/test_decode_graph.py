@@ -30,6 +30,7 @@ from hf_tree_cache import (
     enable_tree_attention,
     tree_generate,
 )
+from hf_tree_cache.attention.buffers import IntBuffer
 from hf_tree_cache.forward.linear import MOST_ROWS
 from hf_tree_cache.integration import linears as linears_module
 from hf_tree_cache.integration.fingerprint import find_hook, fingerprint
@@ -156,6 +157,37 @@ def test_the_same_path_in_the_interpreter():
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "without compiled layers" not in done.stderr
+
+
+@pytest.mark.parametrize("cut_off", [None, "before", "after"])
+def test_buffers_go_on_by_themselves_and_are_right_after_an_interruption(cut_off):
+    """Cut off before, or after, the device took lengths and slots on, and before the host knew."""
+    planning = pytest.importorskip("planning")
+    with planning.as_on_an_h200():
+        cache = planning.make_cache(5, torch.device("cpu"), staggered=True)
+        host = planning.Graph(cache, 5)
+        (reader,), (target,) = host.static._readers.values(), host.static._targets
+        sent = []
+        send = IntBuffer._send
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(IntBuffer, "_send", lambda *args: sent.append(args) or send(*args))
+            for step in range(40):
+                if step == 17 and cut_off:
+                    host.begin()
+                    if cut_off == "after":
+                        host.static.advance()
+                    host.static.release()
+                    cache.abandon()
+                before = len(sent)
+                host.begin()
+                assert target.tokens is None and reader.workspace.tokens is None, "it may fail"
+                lengths = cache.tree.row_lengths()
+                assert reader.workspace._ints["lengths"][:5].tolist() == lengths
+                slots = [(length - 1) % cache.block_size for length in lengths]
+                assert target._ints["offsets"][:5].tolist() == slots
+                crosses = 0 in slots
+                assert crosses or len(sent) == before or (step == 17 and cut_off)
+                host.end()
 
 
 def test_joined_linears_compute_the_same_and_are_given_back():

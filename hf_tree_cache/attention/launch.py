@@ -102,6 +102,8 @@ class Workspace:
     Attributes:
         generation: changes when buffers had to move.
         work: the list that is in the buffers.
+        tokens: of the rows' clock, for which the lengths were left by :meth:`advance`; None where
+            that is not known.
         grid: items that a fixed launch has programs for, at least those of ``work``; None for as
             many as there is room for.
     """
@@ -116,6 +118,7 @@ class Workspace:
         self._last: _PlanMark | None = None
         self._index_key: tuple[Any, ...] = ()
         self._begun = self._room = 0  # of the clock, at the last rebuild, and as far as it may run
+        self.tokens: int | None = None
         tiles = key.tiles or find_tiles(key)
         self._set = TileSet(
             *(replace(t, deterministic=key.deterministic) for t in (tiles.mixed, tiles.small))
@@ -153,6 +156,7 @@ class Workspace:
             self._grow(plan.grown, steps, storage)
         else:
             self._rebuild(plan, storage, num_merged)
+        self.tokens = None
         if reset:
             self.reset()
         self._last = now
@@ -161,6 +165,11 @@ class Workspace:
         """Counters to 0, where launches leave them unless they are aborted. Can be captured."""
         self._sync.zero_()
         self._arrived.zero_()
+
+    def advance(self) -> None:
+        """Take all lengths on by a token, once rows grow together. Can be captured."""
+        now, _, each = self._growing
+        now.add_(each)
 
     def launch(
         self,
@@ -289,8 +298,9 @@ class Workspace:
             # Blocks before the window were let go: their places may be written anew.
             self._put_all_numbers(storage)
             ints.send("list", "items")
-        now, then, each = self._growing
-        torch.add(then, each, alpha=grown.tokens - self._begun, out=now)
+        if self.tokens != grown.tokens:
+            now, then, each = self._growing
+            torch.add(then, each, alpha=grown.tokens - self._begun, out=now)
 
     def _rebuild(self, plan: TreeAttentionPlan, storage: KVStorage, num_merged: int) -> None:
         plan.check_fresh()

@@ -39,8 +39,10 @@ class Call:
     def fill(self, inputs: dict[str, torch.Tensor], kwargs: dict[str, Any]) -> None:
         """Copy the tensors of ``kwargs`` to the first rows of ``inputs``."""
         for name, dim, _, _ in self.tensors:
-            value = kwargs[name]
-            inputs[name].narrow(dim, 0, value.shape[dim]).copy_(value)
+            value, place = kwargs[name], inputs[name]
+            if len(value) < len(place) or dim:
+                place = place.narrow(dim, 0, value.shape[dim])
+            place.copy_(value)
 
 
 def read_call(step: Step, kwargs: dict[str, Any]) -> Call:
@@ -92,7 +94,7 @@ def outward(output: Any, bucket: int, rows: int, cache: TreeCache, *, copy: bool
             return cache
         if not isinstance(value, torch.Tensor):
             return value
-        if value.ndim and value.shape[0] == bucket:
+        if rows < bucket and value.ndim and value.shape[0] == bucket:
             value = value[:rows]
         return value.clone() if copy else value
 

@@ -249,7 +249,9 @@ class DecodeGraphs:
                 if compiled is not None:
                     stack.enter_context(compiled.swapped(static, cache.layers))
                 static.reset()
-                return forward(**arguments)
+                output = forward(**arguments)
+            static.advance()
+            return output
 
         cuda = place.device.type == "cuda"
         with torch.cuda.device(place.device) if cuda else nullcontext():
@@ -259,10 +261,12 @@ class DecodeGraphs:
                 if cuda and program.proven and (program, bucket) in kind.warm:
                     graph = self._graph(decode, kind, (program, bucket, place.addresses))
                     graph.graph.replay()
+                    static.advanced()
                     self.stats.replayed += 1
                     output = outward(graph.output, bucket, rows, cache, copy=True)
                 else:
                     output = self._warm_up(decode, kind, program, bucket)
+                    static.advanced()
                     output = outward(without_cache(output), bucket, rows, cache, copy=False)
             except NotCapturable as obstacle:
                 program.obstacle = str(obstacle)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,8 +51,7 @@ class StaticDecode:
             if i == len(self._targets):
                 self._targets.append(_Target(storage.spec.device))
             self._moves += self._targets[i].load(step.plan.grown, storage, bucket)
-        padded = replace(step, counts=[1] * bucket, padding_known=True)
-        self._current = _Current(step, padded, list(storages), bucket)
+        self._current = _Current(step, list(storages), bucket)
         for (i, _), reader in self._readers.items():
             reader.workspace.prepare(step.plan, storages[i], num_merged=bucket, reset=False)
             self._moves += reader.room_for(bucket)
@@ -60,6 +60,26 @@ class StaticDecode:
         """Counters to 0, for the case that a launch was aborted. Can be captured."""
         for reader in self._readers.values():
             reader.workspace.reset()
+
+    def advance(self) -> None:
+        """Take lengths and slots on by a token, for a step like this one. Can be captured."""
+        for target in self._targets:
+            target.advance()
+        for reader in self._readers.values():
+            reader.workspace.advance()
+
+    def advanced(self) -> None:
+        """What :meth:`advance` launched, or captured, has run once since :meth:`prepare`.
+
+        Until this is said, as after an exception, nobody knows what the buffers are for.
+        """
+        now = self._current
+        assert now is not None and now.step.plan.grown is not None
+        tokens = now.step.plan.grown.tokens + 1
+        for target in self._targets:
+            target.tokens = tokens
+        for reader in self._readers.values():
+            reader.workspace.tokens = tokens
 
     def release(self) -> None:
         """Forget the step; nothing of its cache is kept alive."""
@@ -152,38 +172,49 @@ def _refuse(reason: str) -> Any:
     raise NotCapturable(f"a layer reads dense K/V ({reason})")
 
 
-@dataclass(slots=True)
+@dataclass
 class _Current:
     """The step that the buffers are for."""
 
     step: Step
-    padded: Step
     storages: list[KVStorage]
     bucket: int
+
+    @cached_property
+    def padded(self) -> Step:
+        """As layers see it; a replay needs none."""
+        return replace(self.step, counts=[1] * self.bucket, padding_known=True)
 
     def index(self, storage: KVStorage) -> int:
         return next(i for i, other in enumerate(self.storages) if other is storage)
 
 
 class _Target:
-    """Where the new tokens of a step go in one storage."""
+    """Where the new tokens of a step go in one storage.
+
+    Attributes:
+        tokens: of the rows' clock, for which the buffer is right; None where that is not known.
+    """
 
     def __init__(self, device: torch.device) -> None:
+        self.tokens: int | None = None
         self._ints = IntBuffer(device)
-        self._last: tuple[object, int, Longs] | None = None
+        self._last: tuple[object, Longs] | None = None
+
+    def advance(self) -> None:
+        """Take each row on by a slot, as is right where none needs a new block."""
+        self._ints["offsets"].add_(1)
 
     def load(self, grown: Grown | None, storage: KVStorage, bucket: int) -> bool:
         """Have the places of one new token a row; whether the buffer had to move."""
         assert grown is not None
         ints, rows = self._ints, len(grown.blocks)
         moved = ints.ensure(rows=1, k_blocks=bucket, v_blocks=bucket, offsets=bucket)
-        last, self._last = self._last, (grown.growth.mark, grown.tokens, grown.blocks)
-        if not moved and last is not None and last[0] is grown.growth.mark:
-            steps = grown.tokens - last[1]
-            if last[2] is grown.blocks and 0 <= steps < storage.block_size:
-                # All rows are within the blocks they were in.
-                ints["offsets"].add_(steps)
-                return False
+        last, self._last = self._last, (grown.growth.mark, grown.blocks)
+        tokens, self.tokens = self.tokens, None
+        same = last is not None and last[0] is grown.growth.mark and last[1] is grown.blocks
+        if same and tokens == grown.tokens and not moved:
+            return False  # all rows are within the blocks they were in
         k_numbers, v_numbers = storage.numbers_of(grown.blocks)
         ints.host("rows")[0] = rows
         ints.host("k_blocks")[:rows] = k_numbers

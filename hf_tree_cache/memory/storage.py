@@ -287,6 +287,8 @@ class KVStorage:
 
     def ensure(self, num_blocks: int) -> None:
         """Grow until blocks ``0 .. num_blocks - 1`` have room. Nothing stored is moved."""
+        if num_blocks <= self.num_blocks:
+            return
         # Slabs outlive an inference_mode block in which a first prompt may have been read.
         with torch.inference_mode(False):
             while self.num_blocks < num_blocks:
