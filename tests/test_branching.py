@@ -232,7 +232,7 @@ def test_a_step_takes_on_what_transformers_would(llama, monkeypatch, hides):
         return out.sequences, list(passed), len(asked)
 
     ours = run()
-    monkeypatch.setattr("hf_tree_cache.generation.step_inputs._find_constant", lambda *args: None)
+    monkeypatch.setattr("hf_tree_cache.generation.step_inputs.find_constant", lambda *args: None)
     theirs = run()
     assert torch.equal(ours[0], theirs[0])
     assert theirs[2] > 10 and ours[2] == (theirs[2] if hides else 2)

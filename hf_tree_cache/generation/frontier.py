@@ -13,6 +13,8 @@ from ..integration.cache import TreeCache
 from ..memory.tree import Branch as CacheBranch
 from .options import RunnerStats
 from .prefixes import find_shared_runs
+from .sending import to_device
+from .step_inputs import find_constant
 
 LOGITS_AT_ONCE = 2**26
 """Most numbers in the logits of one forward over appended tokens: 256 MB in float32."""
@@ -62,6 +64,7 @@ class Frontier:
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._takes_logits_to_keep = "logits_to_keep" in accepted
+        self._constant: dict[str, Any] | None = None  # arguments that are the same in every step
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> list[Tip]:
         """One tip for each prompt, the same for equal ones; shared beginnings are computed once.
@@ -114,8 +117,9 @@ class Frontier:
         tokens = [[tip.pending] for tip in waiting if tip.pending is not None]
         if waiting:
             rows = self._extend(waiting, tokens)
-            for tip, row in zip(waiting, rows, strict=True):
-                tip.logits, tip.pending = row[0], None
+            last = rows[:, 0].unbind() if isinstance(rows, torch.Tensor) else [r[0] for r in rows]
+            for tip, row in zip(waiting, last, strict=True):
+                tip.logits, tip.pending = row, None
             if len(waiting) == len(tips) and isinstance(rows, torch.Tensor):
                 return rows[:, 0]
         return torch.stack([tip.logits for tip in tips if tip.logits is not None])
@@ -268,27 +272,12 @@ class Frontier:
         keep_all: bool = False,
     ) -> torch.Tensor | list[torch.Tensor]:
         """One forward of the cache's rows, of ``lengths`` tokens each; without tips, new rows."""
-        device = self.model.device
         counts = [len(new) for new in tokens]
-        width, before = max(counts), max(lengths)
-        ids = [[0] * (width - len(new)) + new for new in tokens]
-        ends = torch.tensor([n + c for n, c in zip(lengths, counts, strict=True)], device=device)
-        inputs: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
-        if len({*lengths}) > 1 or len({*counts}) > 1:
-            columns = torch.arange(before + width, device=device)
-            inputs["attention_mask"] = (columns >= before + width - ends[:, None]).long()
-        if self._takes_positions:
-            back = torch.arange(width, 0, -1, device=device)
-            inputs["position_ids"] = (ends[:, None] - back).clamp_min(0)
-        if self._takes_logits_to_keep and not keep_all:
-            inputs["logits_to_keep"] = 1
         self.cache.expect(counts)
-        prepared = self.model.prepare_inputs_for_generation(
-            torch.tensor(ids, device=device),
-            next_sequence_length=width,
-            is_first_iteration=before == 0,
-            **inputs,
-        )
+        if self._constant is not None and max(counts) == min(counts) == 1:
+            prepared = {**self._constant, **self._step(lengths, tokens)}
+        else:
+            prepared = self._prepare(lengths, counts, tokens, keep_all)
         outputs = self.model(**prepared, return_dict=True)
         self.stats.forwards += 1
         self.stats.tokens_computed += sum(counts)
@@ -299,3 +288,43 @@ class Frontier:
             row[-count:].to(copy=True, dtype=torch.float32)
             for row, count in zip(outputs.logits, counts, strict=True)
         ]
+
+    def _step(self, lengths: list[int], tokens: list[list[int]]) -> dict[str, torch.Tensor]:
+        """The arguments of a forward of one token a row that are not the same every time."""
+        numbers = to_device([*(new for (new,) in tokens), *lengths], self.model.device)
+        ids, positions = numbers.view(2, len(lengths), 1)
+        inputs = {"input_ids": ids, "position_ids": positions}
+        if len({*lengths}) > 1:
+            inputs["attention_mask"] = _mask(positions[:, 0] + 1, max(lengths) + 1)
+        return inputs
+
+    def _prepare(
+        self, lengths: list[int], counts: list[int], tokens: list[list[int]], keep_all: bool
+    ) -> dict[str, Any]:
+        """The arguments of any forward, as the model's own function makes them."""
+        device = self.model.device
+        width, before = max(counts), max(lengths)
+        ids = [[0] * (width - len(new)) + new for new in tokens]
+        ends = torch.tensor([n + c for n, c in zip(lengths, counts, strict=True)], device=device)
+        inputs: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
+        if len({*lengths}) > 1 or len({*counts}) > 1:
+            inputs["attention_mask"] = _mask(ends, before + width)
+        if self._takes_positions:
+            back = torch.arange(width, 0, -1, device=device)
+            inputs["position_ids"] = (ends[:, None] - back).clamp_min(0)
+        if self._takes_logits_to_keep and not keep_all:
+            inputs["logits_to_keep"] = 1
+        prepared = self.model.prepare_inputs_for_generation(
+            torch.tensor(ids, device=device),
+            next_sequence_length=width,
+            is_first_iteration=before == 0,
+            **inputs,
+        )
+        if width == 1 and before and not keep_all:
+            self._constant = find_constant(self.model, inputs, prepared)
+        return prepared
+
+
+def _mask(ends: torch.Tensor, columns: int) -> torch.Tensor:
+    """``[R, columns]`` int64: 1 for the ``ends[R]`` last ones of each row."""
+    return (torch.arange(columns, device=ends.device) >= columns - ends[:, None]).long()

@@ -44,7 +44,7 @@ class StepInputs:
             input_ids, next_sequence_length=1, **self.kwargs
         )
         if not self._looked and not self._hides:
-            self._constant = _find_constant(model, self.kwargs, inputs)
+            self._constant = find_constant(model, self.kwargs, inputs)
             if self._constant is not None:
                 self.kwargs.pop("attention_mask", None)
         self._looked = True
@@ -70,10 +70,15 @@ class StepInputs:
         return self.kwargs["position_ids"][..., -1:]
 
 
-def _find_constant(
+def find_constant(
     model: Any, kwargs: Mapping[str, Any], inputs: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """What is the same in every step; None if more than tokens and positions changes."""
+    """What is the same in every step; None if more than tokens, positions and a mask changes.
+
+    Args:
+        kwargs: a loop's own arguments for a step.
+        inputs: what ``model.prepare_inputs_for_generation`` made of them.
+    """
     for name in GROWING:
         own = getattr(type(model), name) is not getattr(GenerationMixin, name)
         if own or name in vars(model):
@@ -91,8 +96,8 @@ def _find_constant(
     for value in constant.values():
         if not (value is None or isinstance(value, (bool, int, float, str, TreeCache))):
             return None
-    # A key that is there without a value is the same call to a captured graph.
-    return {**constant, "attention_mask": None} if "attention_mask" in inputs else constant
+    # A mask of None is the same call to a captured graph as one that hides nothing.
+    return {**constant, "attention_mask": None}
 
 
 def _select(name: str, value: Any, index: torch.Tensor, num_rows: int) -> Any:
