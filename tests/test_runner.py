@@ -19,6 +19,7 @@ from hf_tree_cache import (
     BranchRunner,
     ForkAtPositions,
     InvalidArgument,
+    NonFiniteScores,
     OutOfBlocks,
     Sampling,
     StaleBranch,
@@ -29,9 +30,18 @@ from hf_tree_cache import (
 )
 from hf_tree_cache.generation import frontier
 from hf_tree_cache.generation.options import Branch
+from hf_tree_cache.generation.sending import Arriving
 from hf_tree_cache.generation.text import TextStream, encode_prompt
 
 GREEDY = Sampling.greedy()
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["in step", "ahead"])
+def runs_ahead(request: Any, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """On a GPU a token is computed before the host knows it; here both ways are tested."""
+    if request.param:
+        monkeypatch.setattr("hf_tree_cache.generation.sending.AHEAD_ON", ("cuda", "cpu"))
+    return bool(request.param)
 
 
 class Scripted:
@@ -412,6 +422,73 @@ def test_ctrl_c_between_steps_keeps_the_tokens_so_far() -> None:
         assert [runner.length(b) for b in branches] == [17, 6]
         runner.extend(branches, max_new_tokens=6)
         assert runner.tokens(branches[1]) == prompts[1] + alone(model("llama"), prompts[1], 9)
+
+
+def test_tokens_are_computed_ahead_and_branches_stop_fork_and_go_on(
+    runs_ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, ahead = random_prompts(14, 3, 9), []
+    run_ahead = frontier.Frontier.run_ahead
+
+    def counted(self: Any, tips: Any, tokens: torch.Tensor) -> Any:
+        logits = run_ahead(self, tips, tokens)
+        ahead.append(logits is not None)
+        return logits
+
+    monkeypatch.setattr(frontier.Frontier, "run_ahead", counted)
+    with BranchRunner(build("llama"), sampling=GREEDY) as runner:
+        branches = runner.add_prompts(prompts)
+        steps = runner.steps(branches, max_new_tokens=[4, 12, 8])
+        for _ in range(3):
+            next(steps)
+        # The others go on with whatever happens to one of them in between.
+        (child,) = runner.fork(branches[1], distinct=False)
+        runner.append(branches[2], [5, 6])
+        for _ in steps:
+            pass
+        assert sum(ahead) == (0 if not runs_ahead else len(ahead) - 1) and len(ahead) > 7
+        assert_like_alone(runner, [*branches, child])
+        runner.extend([*branches, child], max_new_tokens=5)
+        assert_like_alone(runner, [*branches, child])
+        assert runner.tokens(child) == prompts[1] + alone(model("llama"), prompts[1], 8)
+        assert runner.tokens(branches[0]) == prompts[0] + alone(model("llama"), prompts[0], 9)
+        # Logits of a branch that stopped keep no batch alive.
+        for branch in branches:
+            tip = runner._ledger.get("test", branch).tip
+            assert tip is None or tip.logits is None or tip.logits._base is None
+
+
+@pytest.mark.parametrize("cut_by", ["scores", "ctrl-c"])
+def test_what_was_computed_ahead_is_taken_back(
+    cut_by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = random_prompts(14, 3)
+    broken = False
+
+    def spoil(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return logits * torch.nan if broken else logits
+
+    with BranchRunner(build("llama"), sampling=GREEDY) as runner:
+        branches = runner.add_prompts(prompts)
+        steps = runner.steps(branches, max_new_tokens=9, logits_processor=spoil)
+        for _ in range(4):
+            next(steps)
+        read = Arriving.read
+        if cut_by == "scores":
+            broken = True
+            with pytest.raises(NonFiniteScores):
+                next(steps)
+            broken = False
+        else:
+            monkeypatch.setattr(Arriving, "read", fail(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                next(steps)
+            monkeypatch.setattr(Arriving, "read", read)
+        assert [runner.length(branch) for branch in branches] == [18, 7]
+        assert_like_alone(runner, branches)
+        runner.extend(branches, max_new_tokens=5)
+        assert runner.tokens(branches[0]) == prompts[0] + alone(model("llama"), prompts[0], 9)
+        assert_like_alone(runner, branches)
 
 
 def test_a_bounded_cache_refuses_and_goes_on_when_there_is_room_again() -> None:

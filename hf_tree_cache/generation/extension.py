@@ -16,7 +16,7 @@ from .options import Sampling, Stop, Turn
 from .output import BranchEvent
 from .processors import BranchBatch, run_processors
 from .sampling import draw_tokens
-from .sending import to_device
+from .sending import Arriving, to_device
 from .text import CONTEXT, TextStream, decode_after
 
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -37,6 +37,26 @@ class _Row:
     logprobs: list[float] = field(default_factory=list)
     reason: str = ""
     met: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """What was computed before the host knew the last tokens.
+
+    Attributes:
+        logits: ``[R, V]``.
+        rows: of these, as the tips have them.
+    """
+
+    tips: list[Tip]
+    rows: list[torch.Tensor | None]
+    logits: torch.Tensor
+
+    def is_what_follows(self, tips: list[Tip]) -> bool:
+        """Of just these, and nothing was appended to them since."""
+        if tips != self.tips:
+            return False
+        return all(tip.logits is row for tip, row in zip(tips, self.rows, strict=True))
 
 
 class Extension:
@@ -85,6 +105,7 @@ class Extension:
             stream = TextStream(tokenizer, context) if decodes else None
             self._rows.append(_Row(state, limit, stop, sampling, context, stream))
         self._live = list(self._rows)
+        self._ahead: _Ahead | None = None
         self._ids = self._read_ids() if processors else None
         self._steps = 0
 
@@ -121,7 +142,7 @@ class Extension:
             return []
         tips = [_tip(row) for row in rows]
         place = {tip: i for i, tip in enumerate(dict.fromkeys(tips))}
-        logits = self._frontier.logits(list(place))
+        logits = self._logits(list(place))
         if len(place) < len(rows):
             logits = logits[to_device([place[tip] for tip in tips], logits.device)]
         batch = self._view(rows)
@@ -134,13 +155,21 @@ class Extension:
             self._generator,
             batch.uncertainty,
         )
-        tokens, broken, logprobs = drawn.table.tolist()
-        if any(broken):
-            raise NonFiniteScores(
-                f"Branch {rows[broken.index(1)].state.branch} has scores with NaN, +inf or "
-                "nothing but -inf. A processor masked every token, or the model overflowed (try "
-                "bfloat16 or float32)."
-            )
+        arriving, before = Arriving(drawn.table), [tip.logits for tip in tips]
+        self._ahead = self._run_ahead(rows, tips, drawn.tokens)
+        try:
+            tokens, broken, logprobs = arriving.read()
+            if any(broken):
+                raise NonFiniteScores(
+                    f"Branch {rows[broken.index(1)].state.branch} has scores with NaN, +inf or "
+                    "nothing but -inf. A processor masked every token, or the model overflowed "
+                    "(try bfloat16 or float32)."
+                )
+        except BaseException:
+            if self._ahead is not None:
+                self._ahead = None
+                self._frontier.take_back(tips, before)
+            raise
         with uninterrupted():
             events = self._advance(rows, [int(token) for token in tokens], logprobs)
             if self._ids is not None:
@@ -201,6 +230,24 @@ class Extension:
             scores[here] = torch.where(some, left, known)
         return scores, [group for group in groups.values() if len(group) > 1]
 
+    def _logits(self, tips: list[Tip]) -> torch.Tensor:
+        """``[len(tips), V]``; as they were computed ahead, if that is still what follows."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead.is_what_follows(tips):
+            return ahead.logits
+        return self._frontier.logits(tips)
+
+    def _run_ahead(self, rows: list[_Row], tips: list[Tip], tokens: torch.Tensor) -> _Ahead | None:
+        """Compute what was drawn before the host knows it, so that the GPU need not wait.
+
+        Where a branch turns out to have stopped, its last token is computed already.
+        """
+        parts = any(tip.users > 1 for tip in tips)  # by what was drawn
+        if parts or all(len(row.tokens) + 1 >= row.limit for row in rows):
+            return None
+        logits = self._frontier.run_ahead(tips, tokens)
+        return None if logits is None else _Ahead(tips, [tip.logits for tip in tips], logits)
+
     def _advance(
         self, rows: list[_Row], tokens: list[int], logprobs: list[float]
     ) -> list[BranchEvent]:
@@ -208,14 +255,17 @@ class Extension:
         self._steps += 1
         at: dict[Tip, list[int]] = {}
         for i, row in enumerate(rows):
-            at.setdefault(_tip(row), []).append(i)
+            if self._ahead is None:
+                at.setdefault(_tip(row), []).append(i)
+            else:
+                _tip(row).taken = set()
         for tip, here in at.items():
             for i, new in zip(
                 here, self._frontier.part(tip, [tokens[i] for i in here]), strict=True
             ):
                 rows[i].state.tip = new
-            if tip.users and tip.logits is not None:
-                tip.logits = tip.logits.clone()  # it was a row of the whole batch
+            if tip.users:
+                _keep_alone(tip)
         events = []
         for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
             self._ledger.append(row.state, token, logprob)
@@ -225,6 +275,8 @@ class Extension:
             piece = None if row.stream is None else row.stream.push(token)
             branch = row.state.branch
             row.reason, row.met = self._why_stop(row, token, piece or "")
+            if self._ahead is not None and row.reason:
+                _keep_alone(_tip(row))
             if row.reason and row.stream is not None:
                 piece = (piece or "") + row.stream.flush()
             events.append(
@@ -255,6 +307,12 @@ class Extension:
         width = max(map(len, tokens), default=0)
         padded = [[0] * (width - len(ids)) + ids for ids in tokens]
         return torch.tensor(padded, device=self._frontier.model.device)
+
+
+def _keep_alone(tip: Tip) -> None:
+    """Its logits were a row of the whole batch, and would keep that."""
+    if tip.logits is not None:
+        tip.logits = tip.logits.clone()
 
 
 def _tip(row: _Row) -> Tip:

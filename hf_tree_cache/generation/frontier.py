@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from ..errors import OutOfBlocks
 from ..integration.cache import TreeCache
 from ..memory.tree import Branch as CacheBranch
 from .options import RunnerStats
 from .prefixes import find_shared_runs
-from .sending import to_device
+from .sending import to_device, works_ahead
 from .step_inputs import find_constant
 
 LOGITS_AT_ONCE = 2**26
@@ -124,6 +125,36 @@ class Frontier:
                 return rows[:, 0]
         return torch.stack([tip.logits for tip in tips if tip.logits is not None])
 
+    def run_ahead(self, tips: Sequence[Tip], tokens: torch.Tensor) -> torch.Tensor | None:
+        """Compute ``tokens [R]``, which the host has not seen yet, behind ``tips``.
+
+        They then stand behind these tokens, and know what follows. :meth:`take_back` undoes it.
+
+        Args:
+            tips: different ones, each with one user.
+
+        Returns:
+            ``[R, V]`` float32, what follows. None if nothing was done: on devices that do not work
+            while the host does, before a step has shown what goes into it, and without room.
+        """
+        if self._constant is None or self.has_states or not works_ahead(tokens.device):
+            return None
+        try:
+            logits = self._extend(tips, tokens)
+        except OutOfBlocks:
+            return None
+        assert isinstance(logits, torch.Tensor)
+        for tip, row in zip(tips, logits[:, 0].unbind(), strict=True):
+            tip.logits = row
+        return logits[:, 0]
+
+    def take_back(self, tips: Sequence[Tip], logits: Sequence[torch.Tensor | None]) -> None:
+        """``tips`` are again what they were before :meth:`run_ahead`, with these ``logits``."""
+        for tip, row in zip(tips, logits, strict=True):
+            tip.length -= 1
+            tip.logits = row
+        self.repair(tips)
+
     def append(self, tips: Sequence[Tip], tokens: Sequence[Sequence[int]]) -> list[list[float]]:
         """Carry each tip on over given tokens; returns the log-prob of each of them.
 
@@ -233,10 +264,14 @@ class Frontier:
                 tip.cached = kept
 
     def _extend(
-        self, tips: Sequence[Tip], tokens: list[list[int]], keep_all: bool = False
+        self, tips: Sequence[Tip], tokens: list[list[int]] | torch.Tensor, keep_all: bool = False
     ) -> torch.Tensor | list[torch.Tensor]:
-        """Compute ``tokens`` behind ``tips``; for each float32 logits, ``[1, V]`` or all."""
-        if self.has_states and max(map(len, tokens)) > 1:
+        """Compute ``tokens`` behind ``tips``; for each float32 logits, ``[1, V]`` or all.
+
+        Args:
+            tokens: for each; or one for each, as a tensor of the device.
+        """
+        if isinstance(tokens, list) and self.has_states and max(map(len, tokens)) > 1:
             return self._extend_slowly(tips, tokens, keep_all)
         handles = [tip.cached for tip in tips]
         lengths = [tip.length for tip in tips]
@@ -247,8 +282,9 @@ class Frontier:
         except BaseException:
             self.repair(tips)
             raise
-        for tip, new in zip(tips, tokens, strict=True):
-            tip.length += len(new)
+        counts = map(len, tokens) if isinstance(tokens, list) else [1] * len(tips)
+        for tip, count in zip(tips, counts, strict=True):
+            tip.length += count
         return logits
 
     def _extend_slowly(
@@ -268,15 +304,16 @@ class Frontier:
         self,
         tips: Sequence[Tip] | None,
         lengths: list[int],
-        tokens: list[list[int]],
+        tokens: list[list[int]] | torch.Tensor,
         keep_all: bool = False,
     ) -> torch.Tensor | list[torch.Tensor]:
         """One forward of the cache's rows, of ``lengths`` tokens each; without tips, new rows."""
-        counts = [len(new) for new in tokens]
+        counts = list(map(len, tokens)) if isinstance(tokens, list) else [1] * len(tokens)
         self.cache.expect(counts)
         if self._constant is not None and max(counts) == min(counts) == 1:
             prepared = {**self._constant, **self._step(lengths, tokens)}
         else:
+            assert isinstance(tokens, list)
             prepared = self._prepare(lengths, counts, tokens, keep_all)
         outputs = self.model(**prepared, return_dict=True)
         self.stats.forwards += 1
@@ -289,10 +326,14 @@ class Frontier:
             for row, count in zip(outputs.logits, counts, strict=True)
         ]
 
-    def _step(self, lengths: list[int], tokens: list[list[int]]) -> dict[str, torch.Tensor]:
+    def _step(
+        self, lengths: list[int], tokens: list[list[int]] | torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """The arguments of a forward of one token a row that are not the same every time."""
-        numbers = to_device([*(new for (new,) in tokens), *lengths], self.model.device)
-        ids, positions = numbers.view(2, len(lengths), 1)
+        new = [token for (token,) in tokens] if isinstance(tokens, list) else []
+        numbers = to_device([*new, *lengths], self.model.device).view(-1, len(lengths), 1)
+        positions = numbers[-1]
+        ids = numbers[0] if isinstance(tokens, list) else tokens[:, None]
         inputs = {"input_ids": ids, "position_ids": positions}
         if len({*lengths}) > 1:
             inputs["attention_mask"] = _mask(positions[:, 0] + 1, max(lengths) + 1)

@@ -27,12 +27,9 @@ from .output import BranchEvent, EventKind, TreeGenerateOutput, TreeGenerateStat
 from .processors import BranchingProcessor, run_processors
 from .record import GenerationTree
 from .sampling import draw_tokens
-from .sending import to_device
+from .sending import Arriving, to_device, works_ahead
 from .stopping import Stopping
 from .uncertainty import Uncertainty
-
-AHEAD_ON = ("cuda",)
-"""Devices that work while the host does: there a step begins before the last one is booked."""
 
 
 def tree_generate(
@@ -124,22 +121,6 @@ def _tree_cache(model: PreTrainedModel, model_kwargs: dict[str, Any]) -> TreeCac
         )
     inner.configure(model.config)
     return inner
-
-
-class _Arriving:
-    """Numbers on their way to the host: a table of float64, which holds token ids exactly."""
-
-    def __init__(self, table: torch.Tensor) -> None:
-        self._event = torch.cuda.Event() if table.is_cuda else None
-        self._table = table.to("cpu", non_blocking=True)
-        if self._event is not None:
-            self._event.record()
-
-    def read(self) -> list[list[float]]:
-        """The rows of the table. Waits for them, not for what runs after them."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._table.tolist()
 
 
 @dataclass
@@ -277,7 +258,7 @@ class _Run:
         scores: torch.Tensor,
         distinct: list[list[int]],
         uncertainty: Uncertainty,
-    ) -> _Arriving:
+    ) -> Arriving:
         """Draw and append the next tokens, on the device; the host need not wait for them."""
         drawn = draw_tokens(logits, scores, self.sampling, distinct, uncertainty=uncertainty)
         batch.input_ids = torch.cat([batch.input_ids, drawn.tokens[:, None]], 1)
@@ -285,8 +266,8 @@ class _Run:
         shown: Any = scores if self.config.output_scores else None
         stopped = self.stopping.ask(batch.input_ids, shown)
         if stopped is None:
-            return _Arriving(drawn.table)
-        return _Arriving(torch.cat([drawn.table, stopped.to(drawn.table)[None]]))
+            return Arriving(drawn.table)
+        return Arriving(torch.cat([drawn.table, stopped.to(drawn.table)[None]]))
 
     def _run_ahead(self, batch: LiveBatch) -> torch.Tensor | None:
         """Run the next step before the host knows what was drawn, so that the GPU never waits.
@@ -296,7 +277,7 @@ class _Run:
         limit = self.config.max_length
         if limit and batch.input_ids.shape[1] >= limit:
             return None
-        if batch.input_ids.device.type not in AHEAD_ON or self.keep_branches:
+        if not works_ahead(batch.input_ids.device) or self.keep_branches:
             return None
         if self.cache.has_states:
             return None
@@ -312,7 +293,7 @@ class _Run:
         if excess > 0 and not self.cache.has_states:
             self.cache.crop(-excess)
 
-    def _record(self, batch: LiveBatch, drawn: _Arriving) -> list[int]:
+    def _record(self, batch: LiveBatch, drawn: Arriving) -> list[int]:
         """Wait for what was drawn, book it, and let finished rows go; which rows are left."""
         numbers, broken, logprobs, *stopped = drawn.read()
         if any(broken):
