@@ -15,6 +15,7 @@ from hf_tree_cache import (
     OutOfBlocks,
     PruneByRank,
     Sampling,
+    Stop,
     TreeCache,
     enable_tree_attention,
     tree_generate,
@@ -149,6 +150,27 @@ def test_a_runner_of_branches_equals_generate():
             tokens[:, :prompt], do_sample=False, max_new_tokens=tokens.shape[1] - prompt
         )
         assert tokens.tolist() == alone.tolist()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt_oss", "gpt2", "deepseek_v3"])
+def test_a_runner_draws_the_same_whether_or_not_it_computes_ahead(name, monkeypatch):
+    model = build(name).cuda()
+
+    def drawn(ahead):
+        monkeypatch.setattr("hf_tree_cache.generation.sending.AHEAD_ON", ahead)
+        runner = BranchRunner(model, sampling=Sampling(top_p=0.95), seed=3)
+        branches = runner.add_prompts([list(range(3, 40)), list(range(5, 12))])
+        branches += runner.fork(branches[0], 4)
+        runner.extend(branches, max_new_tokens=[30, 20, 10, 25, 30, 7], stop=Stop(tokens=range(9)))
+        runner.prune(branches[4])
+        branches += runner.fork(branches.pop(3), 2, at=-3)
+        runner.extend([b for b in branches if not runner.ended(b)], max_new_tokens=20)
+        runner.cache.check_integrity()
+        return [(runner.tokens(b), runner.logprob(b)) for b in branches]
+
+    for ours, plain in zip(drawn(("cuda",)), drawn(()), strict=True):
+        assert ours[0] == plain[0]
+        assert ours[1] == pytest.approx(plain[1], abs=1e-3)
 
 
 @pytest.mark.parametrize("second", ["cpu", "cuda:1"])

@@ -188,7 +188,8 @@ class RunnerStats:
         prompt_tokens: tokens of all prompts as they were passed.
         tokens_generated: tokens drawn, over all branches.
         tokens_forced: tokens appended.
-        tokens_computed: tokens that went through the model, prompts included, padding not.
+        tokens_computed: tokens that went through the model, prompts included, padding not; on a
+            GPU also last tokens of branches that were then seen to stop.
         forwards: calls of the model.
         forks, prunes: branches made by ``fork``, ended by ``prune``.
         peak_branches: most live branches at a time.

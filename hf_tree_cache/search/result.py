@@ -24,7 +24,8 @@ class SearchCost:
         prompt_tokens: tokens of the prompts.
         tokens_generated: tokens drawn, each shared one once.
         tokens_computed: tokens that went through the model, prompts and prefixes included. What
-            several branches share, and what is held and taken up again, counts once.
+            several branches share, and what is held and taken up again, counts once. On a GPU
+            a branch's last token may be among them, computed before the branch was seen to end.
         forwards: calls of the model.
         candidates_scored: branches that the scorer judged.
         kv_bytes_peak: most bytes of K/V in use at a time.
