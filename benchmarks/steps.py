@@ -163,7 +163,7 @@ def watched() -> Iterator[Watch]:
         return timed
 
     with ExitStack() as stack:
-        stack.enter_context(_replaced(loop._Arriving, "read", waiting))
+        stack.enter_context(_replaced(loop.Arriving, "read", waiting))
         # Absent from versions of transformers that write the check into their loop.
         if hasattr(stock, "StopCheck"):
             stack.enter_context(_replaced(stock.StopCheck, "__call__", waiting))

@@ -21,7 +21,14 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_tree_cache import BranchingProcessor, TreeCache, tree_generate
+from hf_tree_cache import (
+    BranchingProcessor,
+    BranchRunner,
+    Sampling,
+    Stop,
+    TreeCache,
+    tree_generate,
+)
 
 BATCHING_BLOCK = 256
 """Tokens of a block in continuous batching, as it is by default."""
@@ -123,6 +130,20 @@ def with_tree_generate(model: PreTrainedModel, work: Workload, tokens: int) -> T
     if work.churn:
         options["branching"] = [Churn(work.rows)]
     return generate(model, work, tokens, progress=False, **options)
+
+
+def with_runner(model: PreTrainedModel, work: Workload, tokens: int) -> Timeline:
+    """As sessions and searches carry branches on; on the clock of the host."""
+    ids = prompt_of(model, work.prompt)[0].tolist()
+    settle()
+    begin, marks = time.perf_counter(), []
+    runner = BranchRunner(model, sampling=Sampling())
+    branches = runner.add_prompts([ids])
+    branches += runner.fork(branches[0], work.rows - 1)
+    for _ in runner.steps(branches, max_new_tokens=tokens, stop=Stop(eos=False), with_text=False):
+        marks.append(time.perf_counter() - begin)
+    settle()
+    return Timeline(marks, time.perf_counter() - begin)
 
 
 @dataclass(frozen=True)
@@ -315,5 +336,6 @@ WAYS = {
     "stock generate, TreeCache, no graphs": Way(
         with_tree, {"cuda_graphs": False}, repeats=1, most_rows=64, most_prompt=2_000
     ),
+    "BranchRunner": Way(with_runner, {}, most_rows=64, most_prompt=2_000),
 }
 """In the order of importance: what the clock cuts off is at the end."""

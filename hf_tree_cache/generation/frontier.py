@@ -315,7 +315,8 @@ class Frontier:
         else:
             assert isinstance(tokens, list)
             prepared = self._prepare(lengths, counts, tokens, keep_all)
-        outputs = self.model(**prepared, return_dict=True)
+        with self.cache.lending_outputs():  # copied below
+            outputs = self.model(**prepared, return_dict=True)
         self.stats.forwards += 1
         self.stats.tokens_computed += sum(counts)
         self.stats.peak_kv_bytes = max(self.stats.peak_kv_bytes, self.cache.kv_bytes)

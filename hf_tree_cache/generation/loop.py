@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,8 +163,14 @@ class _Run:
         batch = LiveBatch.of(input_ids, model_kwargs, self.tree)
         disable = None if progress is None else not progress
         total = self.config.max_length and self.config.max_length - num_prompt
+        # Who draws from logits does so before the next forward; others may keep them.
+        only_drawn = not self.processors and not self.config.output_scores
+        lending = self.cache.lending_outputs() if only_drawn else nullcontext()
         try:
-            with tqdm(total=total, desc="tree_generate", unit="step", disable=disable) as bar:
+            with (
+                lending,
+                tqdm(total=total, desc="tree_generate", unit="step", disable=disable) as bar,
+            ):
                 for _ in self._steps(batch):
                     if not bar.disable:
                         finished = len(self.finished)

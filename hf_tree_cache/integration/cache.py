@@ -108,6 +108,7 @@ class TreeCache(Cache):
         self._columns = 0
         self._step: Step | None = None
         self._static: StaticDecode | None = None
+        self._lends = False
         self._plan: TreeAttentionPlan | None = None
         self._prefill_asked = 0
         self._prefill_computed = 0
@@ -310,6 +311,20 @@ class TreeCache(Cache):
             yield
         finally:
             self._static = None
+
+    @property
+    def lends_outputs(self) -> bool:
+        """Whether the output of a captured step need not outlive the next one."""
+        return self._lends
+
+    @contextmanager
+    def lending_outputs(self) -> Iterator[None]:
+        """Within, a captured step may return what the next one overwrites: no copy is made."""
+        before, self._lends = self._lends, True
+        try:
+            yield
+        finally:
+            self._lends = before
 
     def mark_written(self) -> None:
         """A captured forward wrote every layer of the step."""

@@ -263,7 +263,8 @@ class DecodeGraphs:
                     graph.graph.replay()
                     static.advanced()
                     self.stats.replayed += 1
-                    output = outward(graph.output, bucket, rows, cache, copy=True)
+                    copy = not cache.lends_outputs
+                    output = outward(graph.output, bucket, rows, cache, copy=copy)
                 else:
                     output = self._warm_up(decode, kind, program, bucket)
                     static.advanced()
