@@ -49,21 +49,23 @@ class LiveBatch:
         mask = model_kwargs.get("attention_mask")
         if not isinstance(mask, torch.Tensor) or mask.shape != input_ids.shape:
             mask = torch.ones_like(input_ids)
-        prompts: dict[tuple[int, ...], int] = {}
+        prompts: dict[bytes, int] = {}
         roots: list[int] = []
         nodes, of_row = [], []
-        rows, kept = input_ids.tolist(), mask.tolist()
-        for ids, keep in zip(rows, kept, strict=True):
-            tokens = tuple(token for token, real in zip(ids, keep, strict=True) if real)
-            if tokens not in prompts:
-                prompts[tokens] = len(roots)
-                roots.append(tree.add_prompt(tokens))
-            of_row.append(prompts[tokens])
+        rows, kept = input_ids.cpu().numpy(), mask.bool().cpu().numpy()
+        hides = not kept.all()
+        for row, keep in zip(rows, kept, strict=True):
+            tokens = row[keep] if hides else row
+            content = tokens.tobytes()
+            if content not in prompts:
+                prompts[content] = len(roots)
+                roots.append(tree.add_prompt(tokens.tolist()))
+            of_row.append(prompts[content])
             nodes.append(tree.open_branch(roots[of_row[-1]]))
         count = len(nodes)
-        inputs = StepInputs(model_kwargs, hides=not all(map(all, kept)))
+        inputs = StepInputs(model_kwargs, hides=hides)
         made = cls(input_ids, inputs, nodes, of_row, [0] * count, [0.0] * count)
-        made.last_tokens = [ids[-1] for ids in rows]
+        made.last_tokens = rows[:, -1].tolist()
         return made
 
     def __len__(self) -> int:
