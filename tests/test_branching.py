@@ -241,6 +241,26 @@ def test_a_step_takes_on_what_transformers_would(llama, monkeypatch, hides):
         assert torch.equal(mine[0], want[0]) and torch.equal(mine[1], want[1])
 
 
+@pytest.mark.parametrize("hides", [False, True], ids=["nothing hidden", "padded"])
+def test_prompts_may_be_embeddings(llama, hides):
+    prompts = PROMPTS if hides else FULL
+    embeddings = llama.get_input_embeddings()(prompts)
+    arguments = dict(attention_mask=(prompts != 0).long(), max_new_tokens=9, do_sample=False)
+    stock = llama.generate(inputs_embeds=embeddings, pad_token_id=0, **arguments)
+    out = llama.generate(
+        inputs_embeds=embeddings,
+        branching=[ForkAtPositions([4], 2)],
+        custom_generate=tree_generate,
+        pad_token_id=0,
+        **arguments,
+    )
+    assert sorted(out.prompts) == [0, 0, 1, 1] and len(out.tree.roots) == 2
+    for prompt, expected in enumerate(stock.tolist()):
+        rows = [i for i, of in enumerate(out.prompts) if of == prompt]
+        tokens = [out.tree.tokens(out.leaves[i]) for i in rows]
+        assert expected in tokens and all(row[:4] == expected[:4] for row in tokens)
+
+
 def test_the_host_knows_lengths_and_ends_and_asks_the_others():
     class Odd(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):

@@ -46,26 +46,32 @@ class LiveBatch:
         cls, input_ids: torch.Tensor, model_kwargs: dict[str, Any], tree: GenerationTree
     ) -> LiveBatch:
         """Rows as ``generate`` passes them; equal rows are branches of one prompt of the record."""
-        mask = model_kwargs.get("attention_mask")
-        if not isinstance(mask, torch.Tensor) or mask.shape != input_ids.shape:
+        given = model_kwargs.get("attention_mask")
+        mask = given if isinstance(given, torch.Tensor) else torch.ones_like(input_ids)
+        hides = not bool(mask.all())
+        if mask.shape != input_ids.shape:
             mask = torch.ones_like(input_ids)
+        rows, kept = input_ids.cpu().numpy(), mask.bool().cpu().numpy()
+        contents = (
+            [row[keep] for row, keep in zip(rows, kept, strict=True)] if hides else list(rows)
+        )
+        keys = [content.tobytes() for content in contents]
+        embeddings = model_kwargs.get("inputs_embeds")
+        if embeddings is not None:  # a prompt without tokens
+            keys = [row.tobytes() for row in embeddings.float().cpu().numpy()]
         prompts: dict[bytes, int] = {}
         roots: list[int] = []
         nodes, of_row = [], []
-        rows, kept = input_ids.cpu().numpy(), mask.bool().cpu().numpy()
-        hides = not kept.all()
-        for row, keep in zip(rows, kept, strict=True):
-            tokens = row[keep] if hides else row
-            content = tokens.tobytes()
-            if content not in prompts:
-                prompts[content] = len(roots)
-                roots.append(tree.add_prompt(tokens.tolist()))
-            of_row.append(prompts[content])
+        for content, key in zip(contents, keys, strict=True):
+            if key not in prompts:
+                prompts[key] = len(roots)
+                roots.append(tree.add_prompt(content.tolist()))
+            of_row.append(prompts[key])
             nodes.append(tree.open_branch(roots[of_row[-1]]))
         count = len(nodes)
         inputs = StepInputs(model_kwargs, hides=hides)
         made = cls(input_ids, inputs, nodes, of_row, [0] * count, [0.0] * count)
-        made.last_tokens = rows[:, -1].tolist()
+        made.last_tokens = rows[:, -1:].flatten().tolist()
         return made
 
     def __len__(self) -> int:

@@ -51,7 +51,9 @@ def tree_generate(
 
     Each step runs the model on one token of every live branch, lets the processors fork and prune,
     draws the next tokens, and takes finished branches out of the batch. Without forks and prunes
-    the tokens are those of ``generate`` under the same seed, as long as no branch ends early.
+    the tokens are those of ``generate`` under the same seed, as long as no branch ends early. For
+    stop strings pass transformers' ``StopStringCriteria`` among ``stopping_criteria``: the option
+    ``stop_strings`` needs a tokenizer, which ``generate`` does not hand on to other loops.
 
     ``branching`` processors see the model's logits before ``logits_processor`` (temperature, top-p)
     changes them; a BranchingProcessor may also stand among the logits processors. Ctrl-C ends the
