@@ -22,7 +22,7 @@ from ceilings import linear_read
 
 from hf_tree_cache import Sampling
 from hf_tree_cache.env import environment
-from hf_tree_cache.generation import draw_kernel
+from hf_tree_cache.generation import draw_launch
 from hf_tree_cache.generation.sampling import draw_tokens
 from hf_tree_cache.generation.uncertainty import measure
 
@@ -112,7 +112,7 @@ def complaints() -> list[str]:
         ids = torch.arange(VOCABULARY, device="cuda")
         for name, sampling in SAMPLINGS.items():
             options = {k: getattr(sampling, k) for k in ("temperature", "top_k", "top_p", "min_p")}
-            tokens, _, numbers, cut = draw_kernel.draw(logits, noise, **options)
+            tokens, _, numbers, cut = draw_launch.draw(logits, noise, **options)
             scores = sampling.process(logits.float())
             scaled = logits.float() / sampling.temperature
             top, floor = numbers[:, 1:2], numbers[:, 3:4]

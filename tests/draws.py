@@ -47,8 +47,8 @@ def kept_by_sorting(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 def kept_by_kernel(
     logits: torch.Tensor, sampling: Sampling, numbers: torch.Tensor, cut: torch.Tensor
 ) -> torch.Tensor:
-    """bool ``[R, V]``: what :func:`draw_kernel.draw` says that it kept."""
-    from hf_tree_cache.generation.draw_kernel import reciprocal
+    """bool ``[R, V]``: what :func:`draw_launch.draw` says that it kept."""
+    from hf_tree_cache.generation.draw_launch import reciprocal
 
     scores = logits.float() * reciprocal(sampling.temperature)
     top, floor = numbers[:, 1:2], numbers[:, 3:4]

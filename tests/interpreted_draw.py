@@ -21,8 +21,8 @@ import torch
 from draws import SAMPLINGS, kept_by_kernel, kept_by_sorting, rows
 from interpreter import quicken
 
-from hf_tree_cache.generation import draw_kernel, uncertainty, uncertainty_kernel
-from hf_tree_cache.generation.draw_kernel import draw
+from hf_tree_cache.generation import draw_kernel, draw_launch, uncertainty, uncertainty_kernel
+from hf_tree_cache.generation.draw_launch import draw
 from hf_tree_cache.generation.options import Sampling
 
 
@@ -32,7 +32,7 @@ def options(sampling: Sampling) -> dict[str, float]:
 
 def check_draws(vocab: int, dtype: torch.dtype, names: Iterable[str]) -> Iterator[str]:
     """What is kept, what is drawn from a noise, its log-prob."""
-    draw_kernel.ROW_TILE = 2
+    draw_launch.ROW_TILE = 2
     for name in names:
         sampling, logits = SAMPLINGS[name], rows(vocab, dtype)
         noise = torch.empty(logits.shape).exponential_()
@@ -51,7 +51,7 @@ def check_draws(vocab: int, dtype: torch.dtype, names: Iterable[str]) -> Iterato
 
 def check_wide() -> Iterator[str]:
     """Top-p that keeps most tokens, of rows made to be searched in vain."""
-    draw_kernel.ROW_TILE = 2
+    draw_launch.ROW_TILE = 2
     vocab = 2_500
     logits = torch.randn(8, vocab)
     groups = torch.arange(vocab) // draw_kernel.GROUP
@@ -80,7 +80,7 @@ def check_wide() -> Iterator[str]:
 
 def check_reads() -> Iterator[str]:
     """How often a flat row is read: in full, twice to narrow the range, in full for the race."""
-    draw_kernel.ROW_TILE = 64
+    draw_launch.ROW_TILE = 64
     logits = torch.randn(1, 128_256).bfloat16()
     tile, seen = draw_kernel._tile, []
 
@@ -99,7 +99,7 @@ def check_reads() -> Iterator[str]:
 
 def check_ranks() -> Iterator[str]:
     """Rows that share a noise get its best, its second best and so on."""
-    draw_kernel.ROW_TILE = 2
+    draw_launch.ROW_TILE = 2
     for greedy in (False, True):
         for sampling in (Sampling(), Sampling(top_k=3)) if not greedy else (Sampling(),):
             logits = torch.randn(1, 300).mul(2).round().expand(6, 300).contiguous()

@@ -29,6 +29,7 @@ FLOORS = {
     "memory.scatter": 1,
     "generation.uncertainty_kernel": 1,
     "generation.draw_kernel": 1,
+    "generation.draw_launch": 2,
     "generation.options": 1,
     "generation.stopping": 1,
     "generation.text": 1,
@@ -140,7 +141,7 @@ LAZY_ALLOWED = {
     ("attention.dispatch", "attention.launch"),
     ("attention.latents", "attention.latent_launch"),
     ("integration.enable", "integration.decode_graph"),
-    ("generation.sampling", "generation.draw_kernel"),
+    ("generation.sampling", "generation.draw_launch"),
     ("generation.uncertainty", "generation.uncertainty_kernel"),
 }
 

@@ -115,12 +115,12 @@ def test_a_row_draws_what_multinomial_draws_of_what_transformers_keeps(
 def test_the_kernel_keeps_what_transformers_keeps(
     name: str, vocab: int, dtype: torch.dtype
 ) -> None:
-    from hf_tree_cache.generation import draw_kernel
+    from hf_tree_cache.generation import draw_launch
 
     sampling, logits = SAMPLINGS[name], rows(vocab, dtype, "cuda")
     noise = torch.empty(logits.shape, device="cuda").exponential_()
     options = {k: getattr(sampling, k) for k in ("temperature", "top_k", "top_p", "min_p")}
-    _, _, numbers, cut = draw_kernel.draw(logits, noise, **options)
+    _, _, numbers, cut = draw_launch.draw(logits, noise, **options)
     kept = kept_by_kernel(logits, sampling, numbers, cut)
     want = kept_by_sorting(logits, sampling)
     # Where the border falls between two tokens of the same sum in float32, either may go.

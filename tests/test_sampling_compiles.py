@@ -17,7 +17,7 @@ triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from hf_tree_cache.generation import draw_kernel, uncertainty_kernel  # noqa: E402
+from hf_tree_cache.generation import draw_launch, uncertainty_kernel  # noqa: E402
 
 VOCABULARY = 128_256
 WITH_ROOM = ("sm_80", "sm_90", "sm_100")
@@ -75,16 +75,16 @@ def test_a_drawing_kernel_fits(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    kernel, launched = draw_kernel.draw_kernel, Kernel()
-    monkeypatch.setattr(draw_kernel, "draw_kernel", launched)
-    monkeypatch.setattr(draw_kernel, "has_room", lambda device: arch in WITH_ROOM)
+    kernel, launched = draw_launch.draw_kernel, Kernel()
+    monkeypatch.setattr(draw_launch, "draw_kernel", launched)
+    monkeypatch.setattr(draw_launch, "has_room", lambda device: arch in WITH_ROOM)
     logits, options = torch.empty(2, VOCABULARY, dtype=dtype), {}
     if name in SAMPLINGS:
         names = ("temperature", "top_k", "top_p", "min_p")
         options = {each: getattr(SAMPLINGS[name], each) for each in names}
     noise = torch.empty(logits.shape) if options else None
     places = [0, 0] if ranked else None
-    draw_kernel.draw(logits, noise, leaders=places, ranks=places, **options)
+    draw_launch.draw(logits, noise, leaders=places, ranks=places, **options)
     check(arch, kernel, launched, tmp_path)
 
 

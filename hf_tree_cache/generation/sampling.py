@@ -175,7 +175,7 @@ def _kernels(scores: torch.Tensor) -> ModuleType | None:
     """The module of the fused kernel, where it can draw from ``scores``."""
     if not (HAS_TRITON and scores.is_cuda and scores.stride(1) == 1):
         return None
-    from . import draw_kernel
+    from . import draw_launch
 
-    fits = scores.dtype in draw_kernel.DTYPES and scores.shape[1] <= draw_kernel.MAX_VOCABULARY
-    return draw_kernel if fits else None
+    fits = scores.dtype in draw_launch.DTYPES and scores.shape[1] <= draw_launch.MAX_VOCABULARY
+    return draw_launch if fits else None
