@@ -204,15 +204,18 @@ def test_stock_processors_and_criteria_work_unchanged(llama):
         assert (out.tree.tokens(leaf)[-1] % 7 == 0) == (reason == "stop")
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("hides", [False, True], ids=["nothing hidden", "padded"])
 def test_a_step_takes_on_what_transformers_would(llama, monkeypatch, hides):
-    """The same tokens and positions; transformers is not asked where nothing is hidden."""
+    """The same arguments; transformers is not asked for them where nothing is hidden."""
     prompts = PROMPTS if hides else FULL
     options = dict(ids=prompts, attention_mask=(prompts != 0).long())
-    passed: list[tuple[torch.Tensor, torch.Tensor]] = []
+    monkeypatch.setattr("hf_tree_cache.generation.step_inputs.ROOM", 3)
+    passed: list[dict[str, torch.Tensor]] = []
 
     def note(module, args, kwargs):
-        passed.append((kwargs["input_ids"].clone(), kwargs["position_ids"].clone()))
+        tensors = {name: x for name, x in kwargs.items() if isinstance(x, torch.Tensor)}
+        passed.append({name: x.clone() for name, x in tensors.items()})
 
     def run():
         passed.clear()
@@ -238,7 +241,8 @@ def test_a_step_takes_on_what_transformers_would(llama, monkeypatch, hides):
     assert theirs[2] > 10 and ours[2] == (theirs[2] if hides else 2)
     assert len(ours[1]) == len(theirs[1])
     for mine, want in zip(ours[1], theirs[1], strict=True):
-        assert torch.equal(mine[0], want[0]) and torch.equal(mine[1], want[1])
+        assert mine.keys() == want.keys()
+        assert all(torch.equal(mine[name], want[name]) for name in want)
 
 
 @pytest.mark.parametrize("hides", [False, True], ids=["nothing hidden", "padded"])

@@ -14,6 +14,9 @@ from ..integration.cache import TreeCache
 GROWING = "prepare_inputs_for_generation", "_update_model_kwargs_for_generation"
 """Transformers' functions between two forwards; they copy and grow tensors of all tokens."""
 
+ROOM = 256
+"""Columns by which a mask of ones grows at a time."""
+
 
 class StepInputs:
     """The model's arguments, kept as transformers' own loop keeps them.
@@ -33,12 +36,15 @@ class StepInputs:
         self.kwargs = kwargs
         self._hides = hides
         self._constant: dict[str, Any] | None = None  # what stays, once that is known
+        self._mask: torch.Tensor | None = None  # of ones, where one is passed, with room to grow
         self._looked = False
 
     def of_step(self, model: Any, input_ids: torch.Tensor) -> dict[str, Any]:
         """The arguments of a forward of the last of ``input_ids [R, L]``."""
         if self._constant is not None:
             last = {"input_ids": input_ids[:, -1:], "position_ids": self._positions()}
+            if self._mask is not None:
+                last["attention_mask"] = self._ones(len(input_ids), input_ids.shape[1], self._mask)
             return {**last, **self._constant}
         inputs = model.prepare_inputs_for_generation(
             input_ids, next_sequence_length=1, **self.kwargs
@@ -46,7 +52,7 @@ class StepInputs:
         if not self._looked and not self._hides:
             self._constant = find_constant(model, self.kwargs, inputs)
             if self._constant is not None:
-                self.kwargs.pop("attention_mask", None)
+                self._mask = self.kwargs.pop("attention_mask", None)
         self._looked = True
         return inputs
 
@@ -68,6 +74,12 @@ class StepInputs:
 
     def _positions(self) -> torch.Tensor:
         return self.kwargs["position_ids"][..., -1:]
+
+    def _ones(self, rows: int, columns: int, mask: torch.Tensor) -> torch.Tensor:
+        """``[rows, columns]``; a view of what is there already, most of the time."""
+        if mask.shape[0] < rows or mask.shape[1] < columns:
+            self._mask = mask = mask.new_ones(rows, columns + ROOM)
+        return mask[:rows, :columns]
 
 
 def find_constant(
@@ -96,8 +108,7 @@ def find_constant(
     for value in constant.values():
         if not (value is None or isinstance(value, (bool, int, float, str, TreeCache))):
             return None
-    # A mask of None is the same call to a captured graph as one that hides nothing.
-    return {**constant, "attention_mask": None}
+    return constant
 
 
 def _select(name: str, value: Any, index: torch.Tensor, num_rows: int) -> Any:

@@ -57,11 +57,10 @@ def read_call(step: Step, kwargs: dict[str, Any]) -> Call:
     for name, value in sorted(kwargs.items()):  # in whatever order a loop passes them
         if name == "past_key_values":
             continue
-        if name == "attention_mask" and value is not None:
-            # What it hides was never stored.
-            if not step.padding_known:
+        if name == "attention_mask":
+            # What it hides was never stored: a forward without one is the same.
+            if value is not None and not step.padding_known:
                 raise NotCapturable("the attention mask hides more than padding")
-            constants.append((name, None))
         elif isinstance(value, torch.Tensor):
             shape = tuple(value.shape)
             dim = 1 if name == "position_ids" and len(shape) == 3 else 0
