@@ -14,6 +14,8 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
+    RwkvConfig,
+    RwkvForCausalLM,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -30,6 +32,7 @@ from hf_tree_cache import (
     PruneBelow,
     PruneByRank,
     TreeCache,
+    UnsupportedModel,
     enable_tree_attention,
     tree_generate,
 )
@@ -500,6 +503,19 @@ def test_senseless_calls_are_refused(llama):
     llama(PROMPTS[1:, :4], past_key_values=full)
     with pytest.raises(InvalidArgument, match="DynamicCache"):
         generate(llama, past_key_values=full)
+
+
+def test_a_model_with_a_past_of_its_own_is_refused():
+    config = RwkvConfig(
+        vocab_size=99,
+        hidden_size=16,
+        num_hidden_layers=2,
+        context_length=64,
+        attention_hidden_size=16,
+    )
+    model = RwkvForCausalLM(config).eval()
+    with pytest.raises(UnsupportedModel, match="format of its own"):
+        generate(model, max_new_tokens=3)
 
 
 def test_a_model_with_an_encoder_branches_too():

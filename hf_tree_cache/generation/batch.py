@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from ..errors import UnsupportedModel
 from ..integration.cache import TreeCache
 from .processors import BranchBatch
 from .record import GenerationTree
@@ -78,8 +79,18 @@ class LiveBatch:
         return len(self.nodes)
 
     def prefill(self, model: Any, config: GenerationConfig, cache: TreeCache) -> torch.Tensor:
-        """Run the prompts; ``[R, V]`` logits of their last tokens, as the model has them."""
+        """Run the prompts; ``[R, V]`` logits of their last tokens, as the model has them.
+
+        Raises:
+            UnsupportedModel: it keeps its past elsewhere than in the cache.
+        """
         outputs = model._prefill(self.input_ids, config, self.inputs.kwargs)
+        if len(cache.rows) != len(self):
+            raise UnsupportedModel(
+                f"tree_generate: {type(model).__name__} ran {len(self)} rows and left "
+                f"{len(cache.rows)} in the TreeCache: it keeps its past in a format of its own, "
+                "which cannot fork. Use generate without custom_generate."
+            )
         self._cache = cache
         self.branches = [int(branch) for branch in cache.rows]
         return self._take(model, outputs)

@@ -71,6 +71,7 @@ def tree_generate(
     Raises:
         InvalidArgument: ``max_branches`` below the rows to start with, a cache that is not a
             TreeCache, ``use_cache=False``, beams.
+        UnsupportedModel: a model that keeps its past elsewhere than in the cache.
         NonFiniteScores: NaN, +inf or nothing but -inf among the scores of a row.
         OutOfBlocks: no room for the next token of every branch.
     """
