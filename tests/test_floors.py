@@ -15,6 +15,7 @@ FLOORS = {
     "errors": 0,
     "env": 0,
     "overlap": 0,
+    "naming": 0,
     "integration.stats": 0,
     "integration.pictures": 0,
     "integration.materialising": 0,

@@ -36,6 +36,7 @@ from hf_tree_cache import TreeCache, enable_tree_attention
 from hf_tree_cache.integration import pictures
 from hf_tree_cache.integration.attention import NAME, tree_attention_forward, tree_attention_mask
 from hf_tree_cache.integration.layers import HybridPagedLayer, PagedLayer
+from hf_tree_cache.naming import CACHE
 
 __all__ = ["one_thread"]  # a fixture for all of this file
 pytestmark = pytest.mark.core
@@ -502,7 +503,7 @@ def test_layers_expand_what_they_cache_in_a_method_of_their_own(name: str) -> No
     kind = latent_layer(name)
     assert_takes(kind.expand_kv, "self kv_nope k_rot", "integration/latent.py")
     source = inspect.getsource(kind.forward)
-    stored, expanded = source.find("past_key_values.update("), source.find("self.expand_kv(")
+    stored, expanded = source.find(f"{CACHE}.update("), source.find("self.expand_kv(")
     assert 0 < stored < expanded, f"{name} no longer expands what update returned"
     attributes = inspect.getsource(kind.__init__)
     for needed in ("kv_b_proj", "qk_nope_head_dim", "v_head_dim"):
@@ -533,7 +534,7 @@ def test_expanding_is_the_product_that_we_absorb(name: str) -> None:
 GENERATION = {
     "_prefill": "self input_ids generation_config model_kwargs",
     "_update_model_kwargs_for_generation": "self outputs model_kwargs is_encoder_decoder",
-    "prepare_inputs_for_generation": "self input_ids next_sequence_length past_key_values kwargs",
+    "prepare_inputs_for_generation": f"self input_ids next_sequence_length {CACHE} kwargs",
     "_prepare_cache_for_generation": (
         "self generation_config model_kwargs generation_mode batch_size max_cache_length"
     ),
@@ -572,7 +573,7 @@ def test_custom_generate_gets_its_own_arguments() -> None:
         max_new_tokens=4,
     )
     assert seen["policy"] == "mine"
-    assert seen["past_key_values"] is cache
+    assert seen[CACHE] is cache
     assert seen["config"].max_length == COLUMNS + 4
     assert torch.equal(output, inputs["input_ids"].repeat_interleave(3, 0))
     assert seen["attention_mask"].shape == (6, COLUMNS)
@@ -584,16 +585,16 @@ def test_prefill_slices_what_is_cached_and_returns_the_last_logits() -> None:
     with torch.no_grad():
         llama(ids[:, :30], past_key_values=cache)
         mask = torch.ones_like(ids)
-        arguments = {"past_key_values": cache, "attention_mask": mask, "use_cache": True}
+        arguments = {CACHE: cache, "attention_mask": mask, "use_cache": True}
         config = llama.generation_config
         outputs = llama._prefill(ids, config, {**arguments, "logits_to_keep": 1})
     assert outputs.logits.shape[:2] == (1, 1)
-    assert outputs.past_key_values is cache and cache.get_seq_length() == COLUMNS
+    assert getattr(outputs, CACHE) is cache and cache.get_seq_length() == COLUMNS
     grown = llama._update_model_kwargs_for_generation(outputs, arguments, is_encoder_decoder=False)
     assert grown["attention_mask"].shape == (1, COLUMNS + 1)
     longer = torch.cat([ids, ids[:, :1]], 1)
     step = llama.prepare_inputs_for_generation(longer, next_sequence_length=1, **grown)
-    assert step["input_ids"].shape == (1, 1) and step["past_key_values"] is cache
+    assert step["input_ids"].shape == (1, 1) and step[CACHE] is cache
 
 
 def test_generate_puts_the_cache_it_makes_into_the_arguments() -> None:
@@ -602,8 +603,8 @@ def test_generate_puts_the_cache_it_makes_into_the_arguments() -> None:
     config = llama.generation_config
     assert not config.is_assistant
     llama._prepare_cache_for_generation(config, arguments, "sample", 1, 20)
-    assert type(arguments["past_key_values"]) is DynamicCache
-    assert arguments["past_key_values"].offloading is False
+    assert type(arguments[CACHE]) is DynamicCache
+    assert arguments[CACHE].offloading is False
 
 
 def test_pictures_come_under_names_that_we_know() -> None:
@@ -670,4 +671,4 @@ def test_generate_hands_one_forward_what_our_hooks_read() -> None:
         assert kwargs["input_ids"].shape == (6, 1 if step else COLUMNS)
         assert kwargs["attention_mask"].shape == (6, COLUMNS + step)
         assert kwargs["position_ids"].shape == kwargs["input_ids"].shape
-        assert isinstance(kwargs["past_key_values"], TreeCache)
+        assert isinstance(kwargs[CACHE], TreeCache)

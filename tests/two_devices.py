@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from hf_tree_cache import TreeCache, enable_tree_attention
+from hf_tree_cache.naming import CACHE
 
 SECOND = torch.device("privateuseone:0")
 BETWEEN_DEVICES = {
@@ -112,7 +113,7 @@ def split(model: Any) -> Any:
             module._parameters[name] = nn.Parameter(Far(weight.data), requires_grad=False)
         for name, buffer in list(module.named_buffers(recurse=False)):
             module._buffers[name] = Far(buffer)
-    hook = AlignDevicesHook(SECOND, io_same_device=True, skip_keys="past_key_values")
+    hook = AlignDevicesHook(SECOND, io_same_device=True, skip_keys=CACHE)
     add_hook_to_module(layer, hook)
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")  # the others count otherwise off the CPU
@@ -149,4 +150,5 @@ def main(names: list[str]) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
     main(sys.argv[1:])

@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from ..errors import UnsupportedModel
 from ..integration.cache import TreeCache
+from ..naming import CACHE
 from .processors import BranchBatch
 from .record import GenerationTree
 from .sending import to_device
@@ -110,7 +111,7 @@ class LiveBatch:
         if list(rows) == list(range(len(self))):
             return
         assert self._cache is not None
-        cache = self.inputs.kwargs["past_key_values"]
+        cache = self.inputs.kwargs[CACHE]
         if hold:
             cache.set_rows([self._cache.rows[row] for row in rows])
         else:

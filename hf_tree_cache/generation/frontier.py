@@ -12,6 +12,7 @@ import torch
 from ..errors import OutOfBlocks
 from ..integration.cache import TreeCache
 from ..memory.tree import Branch as CacheBranch
+from ..naming import CACHE
 from .options import RunnerStats
 from .prefixes import find_shared_runs
 from .sending import to_device, works_ahead
@@ -348,7 +349,7 @@ class Frontier:
         width, before = max(counts), max(lengths)
         ids = [[0] * (width - len(new)) + new for new in tokens]
         ends = torch.tensor([n + c for n, c in zip(lengths, counts, strict=True)], device=device)
-        inputs: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
+        inputs: dict[str, Any] = {CACHE: self.cache, "use_cache": True}
         if len({*lengths}) > 1 or len({*counts}) > 1:
             inputs["attention_mask"] = _mask(ends, before + width)
         if self._takes_positions:

@@ -21,6 +21,7 @@ from transformers import (
 
 from ..errors import InvalidArgument, NonFiniteScores, OutOfBlocks
 from ..integration.cache import TreeCache
+from ..naming import CACHE
 from .batch import LiveBatch
 from .decide import NextRows, decide
 from .options import Sampling
@@ -106,7 +107,7 @@ def tree_generate(
 
 def _tree_cache(model: PreTrainedModel, model_kwargs: dict[str, Any]) -> TreeCache:
     """The TreeCache of the run; one is made where the caller passed none."""
-    given: Any = model_kwargs.get("past_key_values")
+    given: Any = model_kwargs.get(CACHE)
     if isinstance(given, EncoderDecoderCache) and given.get_seq_length() == 0:
         inner = given.self_attention_cache
         given = given if isinstance(inner, TreeCache) else None
@@ -116,12 +117,11 @@ def _tree_cache(model: PreTrainedModel, model_kwargs: dict[str, Any]) -> TreeCac
         given = EncoderDecoderCache(TreeCache(), TreeCache())
     elif given is None:
         given = TreeCache(model.config)
-    model_kwargs["past_key_values"] = given
+    model_kwargs[CACHE] = given
     inner = given.self_attention_cache if isinstance(given, EncoderDecoderCache) else given
     if not isinstance(inner, TreeCache):
         raise InvalidArgument(
-            f"tree_generate got a {type(given).__name__}: pass past_key_values=TreeCache(), or "
-            "nothing."
+            f"tree_generate got a {type(given).__name__}: pass {CACHE}=TreeCache(), or nothing."
         )
     inner.configure(model.config)
     return inner
@@ -193,7 +193,7 @@ class _Run:
         self.stats.prefill_tokens_computed = (
             after.prefill_tokens_computed - before.prefill_tokens_computed
         )
-        return self._output(input_ids, model_kwargs["past_key_values"])
+        return self._output(input_ids, model_kwargs[CACHE])
 
     def _steps(self, batch: LiveBatch) -> Iterator[None]:
         """Step by step until no branch is left."""

@@ -10,6 +10,7 @@ from transformers import GenerationMixin
 from transformers.utils import ModelOutput
 
 from ..integration.cache import TreeCache
+from ..naming import CACHE
 
 GROWING = "prepare_inputs_for_generation", "_update_model_kwargs_for_generation"
 """Transformers' functions between two forwards; they copy and grow tensors of all tokens."""
@@ -68,7 +69,7 @@ class StepInputs:
     def select(self, index: torch.Tensor, num_rows: int) -> None:
         """Row i becomes old row ``index[i]`` of ``num_rows``; the cache is left alone."""
         self.kwargs = {
-            key: value if key == "past_key_values" else _select(key, value, index, num_rows)
+            key: value if key == CACHE else _select(key, value, index, num_rows)
             for key, value in self.kwargs.items()
         }
 

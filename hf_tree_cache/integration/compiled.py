@@ -18,6 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..attention.plan import Window
+from ..naming import cache_name
 from .handles import CompiledKV, TreeMask
 from .layers import PagedLayer
 from .static import StaticDecode
@@ -114,7 +115,8 @@ class CompiledLayers:
         compiled = self._compiled[plain]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if "past_key_values" not in kwargs or "attention_mask" not in kwargs:
+            name = cache_name(kwargs)
+            if name not in kwargs or "attention_mask" not in kwargs:
                 raise NotCapturable(f"{type(layer).__name__} takes its arguments in another way")
             mask = kwargs["attention_mask"]
             recognised, window = (
@@ -123,7 +125,7 @@ class CompiledLayers:
             if not recognised:
                 raise NotCapturable("unrecognised mask")
             self._windows[proxy.index] = window
-            kwargs.update(past_key_values=proxy, attention_mask=None)
+            kwargs.update({name: proxy, "attention_mask": None})
             result = compiled(layer, *args, **kwargs)
             bar.update()
             return result

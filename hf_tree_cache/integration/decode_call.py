@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers.utils import ModelOutput
 
+from ..naming import NAMES
 from .cache import TreeCache
 from .step import NotCapturable, Step
 
@@ -55,7 +56,7 @@ def read_call(step: Step, kwargs: dict[str, Any]) -> Call:
     tensors: list[tuple[str, int, tuple[int, ...], torch.dtype]] = []
     constants: list[tuple[str, Hashable]] = []
     for name, value in sorted(kwargs.items()):  # in whatever order a loop passes them
-        if name == "past_key_values":
+        if name in NAMES:
             continue
         if name == "attention_mask":
             # What it hides was never stored: a forward without one is the same.

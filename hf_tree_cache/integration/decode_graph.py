@@ -18,6 +18,7 @@ from triton import knobs
 
 from ..errors import InvalidArgument
 from ..forward.linear import MOST_ROWS
+from ..naming import cache_name
 from .cache import TreeCache
 from .compiled import CompiledLayers
 from .decode_call import Call, outward, read_call, without_cache
@@ -198,7 +199,7 @@ class DecodeGraphs:
 
     def run(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """The output of a decode step; None if ``forward`` must be called as ever."""
-        cache: Any = kwargs.get("past_key_values")
+        cache: Any = kwargs.get(cache_name(kwargs))
         step = cache.step if isinstance(cache, TreeCache) else None
         if step is None or step.num_new != 1 or step.fresh or step.plan.grown is None:
             # Between prompts, weights may be loaded, adapters switched and hooks registered.
@@ -236,7 +237,7 @@ class DecodeGraphs:
         inputs = program.inputs.get(bucket)
         if inputs is None:
             inputs = program.inputs[bucket] = call.make_inputs(bucket, place.device)
-        arguments = {**dict(call.constants), **inputs, "past_key_values": cache}
+        arguments = {**dict(call.constants), **inputs, cache_name(kwargs): cache}
 
         def decode(compiled: CompiledLayers | None = None) -> Any:
             with ExitStack() as stack:

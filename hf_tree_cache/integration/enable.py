@@ -16,6 +16,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import InvalidArgument, UnsupportedModel
+from ..naming import CACHE, cache_name
 from . import latent
 from .adapters import active_adapters
 from .attention import NAME
@@ -210,12 +211,12 @@ def _with_tree_cache(model: PreTrainedModel) -> Callable[..., Any]:
     prepare = model._prepare_cache_for_generation
 
     def choose(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any):
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE)
         result = prepare(generation_config, model_kwargs, *args, **kwargs)
-        made: Any = model_kwargs.get("past_key_values")
+        made: Any = model_kwargs.get(CACHE)
         plain = type(made) is DynamicCache and not made.offloading
         if given is None and plain and not generation_config.is_assistant:
-            model_kwargs["past_key_values"] = TreeCache()
+            model_kwargs[CACHE] = TreeCache()
         return result
 
     return choose
@@ -292,7 +293,7 @@ class _Hooks:
         if args:
             names = inspect.signature(model.forward).parameters
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        cache: Any = kwargs.get("past_key_values")
+        cache: Any = kwargs.get(cache_name(kwargs))
         if isinstance(cache, EncoderDecoderCache):
             inner = cache.self_attention_cache
             if isinstance(inner, TreeCache):

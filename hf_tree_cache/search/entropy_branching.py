@@ -18,6 +18,7 @@ from ..generation.processors import ForkOnEntropy
 from ..generation.text import decode_after, encode_prompt
 from ..integration.cache import TreeCache
 from ..integration.enable import enable_tree_attention, is_enabled
+from ..naming import CACHE
 from .answers import AnswerClasses, AnswerFunction, SameFunction, extract_answer, same_answer
 from .policy import SearchNode, SearchTree, conclude_vote
 from .result import EndedBy, Question, SearchCost, SearchResult, make_result
@@ -107,7 +108,7 @@ def entropy_branching(
                 attention_mask=torch.tensor(
                     [[0] * n + [1] * (width - n) for n in padding], device=model.device
                 ),
-                past_key_values=TreeCache(),
+                **{CACHE: TreeCache()},
                 custom_generate=tree_generate,
                 branching=[policy],
                 max_branches=max_branches * len(questions),
