@@ -43,6 +43,7 @@ from hf_tree_cache import TreeCache, TreeCacheError, enable_tree_attention
 from hf_tree_cache.env import environment
 from hf_tree_cache.integration import attention, operands
 from hf_tree_cache.integration.layers import HybridPagedLayer, PagedLayer
+from hf_tree_cache.naming import CACHE
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks/results/models.json", ROOT / "docs/models.md"
@@ -186,7 +187,7 @@ SPECIAL: dict[str, Sizes] = {
 }
 """What an architecture needs beyond :data:`TINY`."""
 
-TAKES_NONE = ("not used by the model: ['past_key_values']", "uses cache of its own")
+TAKES_NONE = (f"not used by the model: ['{CACHE}']", "uses cache of its own")
 """What is said by models that cannot be given a cache."""
 
 OURS = (
@@ -455,7 +456,7 @@ def _compare(result: Result, make: Callable[[], PreTrainedModel], output: Any) -
     """Fill in everything that both caches' runs show."""
     seen, layers, reads = Seen(), [], Counter[str]()
     result.verdict = "no cache"
-    if not isinstance(getattr(output, "past_key_values", None), Cache):
+    if not isinstance(getattr(output, CACHE, None), Cache):
         result.reason = "keeps its past in a format of its own, or none"
     for mode, options in MODES.items() if not result.reason else ():
         try:
@@ -590,7 +591,7 @@ def _with_tree(
 ) -> tuple[Any, TreeCache]:
     cache = TreeCache(block_size=4, poison=True, backtrack=0)
     with enable_tree_attention(model), watch(seen):
-        ours = generate(model, past_key_values=cache, **options)
+        ours = generate(model, **{CACHE: cache}, **options)
     cache.check_integrity()
     return ours, cache
 

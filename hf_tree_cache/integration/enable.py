@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-OWN_ATTENTION = frozenset({"git", "deepseek_v4", "inkling2", "inkling2_text"})
+OWN_ATTENTION = frozenset(
+    {"git", "deepseek_v4", "inkling2", "inkling2_text", "inkling2_loop", "inkling2_loop_text"}
+)
 """Text models that say they use transformers' attention interface, and need what only their own
 attention does: additive masks, keys longer than the mask, sinks for each query."""
 
