@@ -155,9 +155,9 @@ class Extension:
             self._generator,
             batch.uncertainty,
         )
-        arriving, before = Arriving(drawn.table), [tip.logits for tip in tips]
-        self._ahead = self._run_ahead(rows, tips, drawn.tokens)
+        arriving = Arriving(drawn.table)
         try:
+            ahead = self._run_ahead(rows, tips, drawn.tokens)
             tokens, broken, logprobs = arriving.read()
             if any(broken):
                 raise NonFiniteScores(
@@ -166,11 +166,12 @@ class Extension:
                     "(try bfloat16 or float32)."
                 )
         except BaseException:
-            if self._ahead is not None:
-                self._ahead = None
-                self._frontier.take_back(tips, before)
+            self._frontier.repair(tips)  # the cache may be ahead
             raise
         with uninterrupted():
+            if ahead is not None:
+                self._frontier.go_on(tips, ahead)
+                self._ahead = _Ahead(tips, [tip.logits for tip in tips], ahead)
             events = self._advance(rows, [int(token) for token in tokens], logprobs)
             if self._ids is not None:
                 going = [i for i, row in enumerate(rows) if not row.reason]
@@ -237,7 +238,9 @@ class Extension:
             return ahead.logits
         return self._frontier.logits(tips)
 
-    def _run_ahead(self, rows: list[_Row], tips: list[Tip], tokens: torch.Tensor) -> _Ahead | None:
+    def _run_ahead(
+        self, rows: list[_Row], tips: list[Tip], tokens: torch.Tensor
+    ) -> torch.Tensor | None:
         """Compute what was drawn before the host knows it, so that the GPU need not wait.
 
         Where a branch turns out to have stopped, its last token is computed already.
@@ -245,8 +248,7 @@ class Extension:
         parts = any(tip.users > 1 for tip in tips)  # by what was drawn
         if parts or all(len(row.tokens) + 1 >= row.limit for row in rows):
             return None
-        logits = self._frontier.run_ahead(tips, tokens)
-        return None if logits is None else _Ahead(tips, [tip.logits for tip in tips], logits)
+        return self._frontier.run_ahead(tips, tokens)
 
     def _advance(
         self, rows: list[_Row], tokens: list[int], logprobs: list[float]
@@ -257,8 +259,6 @@ class Extension:
         for i, row in enumerate(rows):
             if self._ahead is None:
                 at.setdefault(_tip(row), []).append(i)
-            else:
-                _tip(row).taken = set()
         for tip, here in at.items():
             for i, new in zip(
                 here, self._frontier.part(tip, [tokens[i] for i in here]), strict=True

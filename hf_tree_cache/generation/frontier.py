@@ -129,7 +129,8 @@ class Frontier:
     def run_ahead(self, tips: Sequence[Tip], tokens: torch.Tensor) -> torch.Tensor | None:
         """Compute ``tokens [R]``, which the host has not seen yet, behind ``tips``.
 
-        They then stand behind these tokens, and know what follows. :meth:`take_back` undoes it.
+        These stay as they are: :meth:`go_on` has them stand behind the tokens, :meth:`repair` has
+        the cache forget those.
 
         Args:
             tips: different ones, each with one user.
@@ -141,20 +142,17 @@ class Frontier:
         if self._constant is None or self.has_states or not works_ahead(tokens.device):
             return None
         try:
-            logits = self._extend(tips, tokens)
+            logits = self._forward(tips, tokens)
         except OutOfBlocks:
             return None
         assert isinstance(logits, torch.Tensor)
-        for tip, row in zip(tips, logits[:, 0].unbind(), strict=True):
-            tip.logits = row
         return logits[:, 0]
 
-    def take_back(self, tips: Sequence[Tip], logits: Sequence[torch.Tensor | None]) -> None:
-        """``tips`` are again what they were before :meth:`run_ahead`, with these ``logits``."""
-        for tip, row in zip(tips, logits, strict=True):
-            tip.length -= 1
-            tip.logits = row
-        self.repair(tips)
+    def go_on(self, tips: Sequence[Tip], logits: torch.Tensor) -> None:
+        """``tips`` stand behind what :meth:`run_ahead` computed, and know what follows."""
+        for tip, row in zip(tips, logits.unbind(), strict=True):
+            tip.length += 1
+            tip.logits, tip.taken = row, set()
 
     def append(self, tips: Sequence[Tip], tokens: Sequence[Sequence[int]]) -> list[list[float]]:
         """Carry each tip on over given tokens; returns the log-prob of each of them.
@@ -265,15 +263,24 @@ class Frontier:
                 tip.cached = kept
 
     def _extend(
+        self, tips: Sequence[Tip], tokens: list[list[int]], keep_all: bool = False
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Compute ``tokens`` behind ``tips``; for each float32 logits, ``[1, V]`` or all."""
+        if self.has_states and max(map(len, tokens)) > 1:
+            return self._extend_slowly(tips, tokens, keep_all)
+        logits = self._forward(tips, tokens, keep_all)
+        for tip, new in zip(tips, tokens, strict=True):
+            tip.length += len(new)
+        return logits
+
+    def _forward(
         self, tips: Sequence[Tip], tokens: list[list[int]] | torch.Tensor, keep_all: bool = False
     ) -> torch.Tensor | list[torch.Tensor]:
-        """Compute ``tokens`` behind ``tips``; for each float32 logits, ``[1, V]`` or all.
+        """One forward behind ``tips``, which do not change; if it fails, nor does the cache.
 
         Args:
             tokens: for each; or one for each, as a tensor of the device.
         """
-        if isinstance(tokens, list) and self.has_states and max(map(len, tokens)) > 1:
-            return self._extend_slowly(tips, tokens, keep_all)
         handles = [tip.cached for tip in tips]
         lengths = [tip.length for tip in tips]
         if self.cache.rows != handles or self.cache.get_seq_length() > max(lengths):
@@ -283,9 +290,6 @@ class Frontier:
         except BaseException:
             self.repair(tips)
             raise
-        counts = map(len, tokens) if isinstance(tokens, list) else [1] * len(tips)
-        for tip, count in zip(tips, counts, strict=True):
-            tip.length += count
         return logits
 
     def _extend_slowly(
