@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,11 +57,11 @@ class LiveBatch:
         contents = (
             [row[keep] for row, keep in zip(rows, kept, strict=True)] if hides else list(rows)
         )
-        keys = [content.tobytes() for content in contents]
         embeddings = model_kwargs.get("inputs_embeds")
+        keys: Sequence[Hashable] = [content.tobytes() for content in contents]
         if embeddings is not None:  # a prompt without tokens
-            keys = [row.tobytes() for row in embeddings.float().cpu().numpy()]
-        prompts: dict[bytes, int] = {}
+            keys = _first_equals(embeddings)
+        prompts: dict[Hashable, int] = {}
         roots: list[int] = []
         nodes, of_row = [], []
         for content, key in zip(contents, keys, strict=True):
@@ -149,3 +149,14 @@ class LiveBatch:
         logits = outputs.logits[:, -1].to(self.input_ids.device)
         # Else the logits of a whole prompt would stay.
         return logits.clone() if outputs.logits.shape[1] > 1 else logits
+
+
+def _first_equals(rows: torch.Tensor) -> list[int]:
+    """For each of ``rows`` the first that equals it. Compared where they are: they may be large."""
+    found, distinct = [], list[int]()
+    for i, row in enumerate(rows):
+        first = next((j for j in distinct if torch.equal(rows[j], row)), i)
+        if first == i:
+            distinct.append(i)
+        found.append(first)
+    return found
