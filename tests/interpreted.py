@@ -108,6 +108,7 @@ def run_tree(seed: int, seen: dict[str, set[Any]]) -> list[str]:
         "many parts": bool(work.num_slots) and int(work.part_ptr[1:].max()) > 8,
         "large": work.num_large > 0,
         "blanks": min(call.plan.counts) < call.plan.num_new,
+        "lanes": bool(work.items[:, 6].any()),
         "several slabs": call.storage.num_blocks > call.storage.slab_blocks,
     }.items():
         seen.setdefault(feature, set()).add(value)

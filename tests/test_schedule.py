@@ -16,8 +16,8 @@ from trees import SHAPES, Grown, ShadowTree, grow_randomly
 
 from hf_tree_cache.attention.outline import FIXED_CHUNK, GROWTH_TOKENS, MANY_QUERIES, UNLIMITED
 from hf_tree_cache.attention.plan import TreeAttentionPlan, Window, build_plan
-from hf_tree_cache.attention.schedule import FIELDS, LARGE, MERGE, SMALL, WorkList, schedule
-from hf_tree_cache.attention.tiles import Tiles, TileSet
+from hf_tree_cache.attention.schedule import FIELDS, LARGE, MERGE, SMALL, Tails, WorkList, schedule
+from hf_tree_cache.attention.tiles import TABLE, Tiles, TileSet
 from hf_tree_cache.memory.storage import KVSpec, KVStorage
 
 SEEDS = 240
@@ -47,7 +47,8 @@ class Item:
         tokens: how many it has.
         slot: of its first query's part, or -1.
         full: tokens that all its queries see.
-        queries, limits: one of each a member.
+        lanes: leaves whose blocks take turns.
+        queries, limits: one of each a member; limits of lanes are also there again and again.
         blocks: ids, of as many as its tokens fill.
     """
 
@@ -56,6 +57,7 @@ class Item:
     tokens: int
     slot: int
     full: int
+    lanes: int
     queries: list[int]
     limits: list[int]
     blocks: npt.NDArray[np.int64]
@@ -63,9 +65,11 @@ class Item:
 
 def read_items(work: WorkList, block_size: int) -> list[Item]:
     """The records of ``work``; a Workspace's buffers are read by :func:`read_buffers`."""
+    columns = work.items[:, 1], work.items[:, 6], work.tokens
+    records = zip(*(column.tolist() for column in columns), strict=True)
     blocks = [
-        work.blocks[at : at - (-tokens // block_size)].astype(np.int64)
-        for at, tokens in zip(work.items[:, 1].tolist(), work.tokens.tolist(), strict=True)
+        work.blocks[at : at + (-(-tokens // block_size) << lane_bits)].astype(np.int64)
+        for at, lane_bits, tokens in records
     ]
     return _parse(work.items, work.tokens, blocks)
 
@@ -83,7 +87,7 @@ def read_buffers(workspace: Any, storage: KVStorage) -> list[Item]:
     blocks = []
     for row, count in zip(records, tokens.tolist(), strict=True):
         kv = workspace.tiles.kv_large if row[0] == LARGE else workspace.tiles.kv_small
-        at, needed = int(row[1]), -(-count // size)
+        at, needed = int(row[1]), -(-count // size) << int(row[6])
         mine = numbers[at : at + needed].copy()
         if workspace.key.window is None:
             # The first tile finds its blocks in the record.
@@ -102,6 +106,7 @@ def _parse(records: Any, tokens: Any, blocks: list[npt.NDArray[np.int64]]) -> li
             tokens=count,
             slot=row[4],
             full=row[5],
+            lanes=1 << row[6],
             queries=row[FIELDS : FIELDS + row[3]],
             limits=row[FIELDS + width : FIELDS + width + row[3]],
             blocks=mine,
@@ -114,8 +119,8 @@ def visible(item: Item, member: int, plan: TreeAttentionPlan, window: Window | N
     """Tokens of ``item`` that one of its queries sees, as the kernel masks them."""
     row, column = divmod(item.queries[member], plan.num_new)
     limit = item.limits[member]
-    if limit == UNLIMITED:
-        limit = item.tokens - (plan.num_new - 1 - column)
+    if limit > UNLIMITED // 2:
+        limit = item.tokens - (UNLIMITED - limit) - (plan.num_new - 1 - column)
     lower = 0
     if window is not None:
         own = plan.lengths[row] - plan.num_new + column + 1
@@ -154,15 +159,20 @@ def check_items(
             blanks += item.queries
             continue
         assert item.start % size == 0 and 0 <= item.full <= item.tokens
+        assert item.lanes in (1, len(item.queries)) and work.lanes % item.lanes == 0
         for member, query in enumerate(item.queries):
             seen = visible(item, member, plan, window)
             if window is None:
                 assert item.full <= seen.stop, "tokens that a query does not see have no mask"
             at = np.arange(seen.start, seen.stop)
-            slots = item.blocks[at // size] * size + at % size
-            met.setdefault(query, []).append((item.start + seen.start, memory[slots]))
+            lane, start = 0, item.start
+            if item.lanes > 1:
+                # Each leaf begins where it likes, and ends with its own token.
+                lane, start = member, plan.lengths[query // num_new] - seen.stop
+            slots = item.blocks[at // size * item.lanes + lane] * size + at % size
+            met.setdefault(query, []).append((start + seen.start, memory[slots]))
             if item.slot >= 0:
-                parts.setdefault(query, []).append((item.start, item.slot + member))
+                parts.setdefault(query, []).append((start, item.slot + member))
 
     empty = []
     for row, branch in enumerate(shadow.rows):
@@ -288,6 +298,10 @@ def test_the_random_cases_are_what_they_should_be() -> None:
             ),
             "tokens without masks": any(item.full > 0 for item in shared),
             "items that grow": bool(work.grows.any()),
+            "lanes": max(item.lanes for item in items) > 1,
+            "lanes of different lengths": any(
+                item.lanes > 1 and len(set(item.limits)) > 1 for item in items
+            ),
             "parts at a time": work.merge_parts,
         }.items():
             seen.setdefault(feature, set()).add(value)
@@ -308,8 +322,12 @@ def test_lists_have_room_for_whole_tiles_however_far_rows_grow(seed: int) -> Non
         kv = case.tiles.kv_large if item.kind == LARGE else case.tiles.kv_small
         at, tokens = int(work.items[i, 1]), item.tokens
         if work.grows[i]:
-            tokens = max(int(work.tail_room[query]) for query in item.queries) - item.start
-        assert at + -(-tokens // kv) * kv // size <= len(work.blocks)
+            rows = item.queries
+            starts = np.full(len(rows), item.start)
+            if item.lanes > 1:
+                starts = (at + np.arange(len(rows)) - work.tails.base[rows]) // item.lanes * size
+            tokens = int((work.tails.room[rows] - starts).max())
+        assert at + -(-tokens * item.lanes // kv) * kv // size <= len(work.blocks)
         assert at + first <= len(work.blocks)
 
 
@@ -355,6 +373,76 @@ def test_a_prompt_of_36_tokens_and_three_branches() -> None:
         ("small", 0, 38, {2: "all"}, -1),
         ("small", 0, 37, {1: "all"}, -1),
     ]
+
+
+def branch_out(
+    prompt: int, private: list[int], block_size: int = 16
+) -> tuple[ShadowTree, TreeAttentionPlan]:
+    """One more token for branches that have so many of their own."""
+    shadow = ShadowTree(block_size)
+    shadow.add_rows(1)
+    shadow.append([prompt])
+    shadow.select([0] * len(private))
+    shadow.append(private)
+    counts = [1] * len(private)
+    shadow.append(counts)
+    return shadow, build_plan(shadow.tree, counts, 1)
+
+
+@pytest.mark.core
+def test_short_leaves_take_turns_where_they_fill_the_gpu() -> None:
+    private = [9, 40, 3, 17, 22, 1, 40, 8] * 32
+    shadow, plan = branch_out(2_000, private)
+    work = schedule(plan, Tiles(), group_size=4, num_kv_heads=8, num_sms=132)
+    items = read_items(work, 16)
+    check_items(items, work, shadow, plan, Tiles(), 4, None)
+    braids = [item for item in items if item.lanes > 1]
+    assert work.lanes == 4 and {item.lanes for item in braids} == {4}
+    # All but the 16 that go on from the prompt with the large items of their tile of queries.
+    assert sum(item.lanes for item in braids) == 240
+    # Neighbours in length go together, so that little is read that nobody sees.
+    read = sum(item.tokens * item.lanes for item in braids)
+    seen = sum(private[query] + 1 for item in braids for query in item.queries)
+    assert read < 1.1 * seen
+    # Nothing is left in the list of what the leaves had for themselves.
+    apart = schedule(plan, Tiles(lanes=1), group_size=4, num_kv_heads=8, num_sms=132)
+    assert len(work.blocks) < 1.1 * len(apart.blocks)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "private", "group", "options", "lanes"),
+    [
+        (2_000, [100] * 64, 4, {}, 2),
+        (2_000, [1] * 64, 4, {}, 2),
+        (2_000, [100] * 64, 8, {}, 1),
+        (32_768, [1] * 32, 4, {}, 1),
+        (2_000, [10] * 256, 4, {}, 4),
+        (2_000, [10] * 256, 8, {}, 2),
+        (2_000, [10] * 256, 16, {}, 1),
+        (2_000, [256] * 16, 4, {}, 1),
+        (32_768, [512] * 32, 4, {}, 1),
+        (32, [4_000] * 256, 4, {}, 1),
+        (2_000, [10] * 256, 4, {"window": Window("sliding", 100)}, 1),
+        (2_000, [10] * 256, 4, {"block_size": 64}, 1),
+    ],
+    ids=lambda value: f"{len(value)} x {value[0]}" if isinstance(value, list) else str(value),
+)
+def test_how_many_leaves_share_an_item(
+    prompt: int, private: list[int], group: int, options: dict[str, Any], lanes: int
+) -> None:
+    """As measured on an H200: where items do not fill it, or have no room, leaves go alone."""
+    options = dict(options)
+    _, plan = branch_out(prompt, private, options.pop("block_size", 16))
+    tiles = TABLE["sm_90", 2, 128].mixed
+    work = schedule(plan, tiles, group_size=group, num_kv_heads=8, num_sms=132, **options)
+    assert max(item.lanes for item in read_items(work, plan.block_size)) == lanes
+
+
+def flatten(work: WorkList) -> dict[str, Any]:
+    """All fields by name, those of its tails, too."""
+    fields = {name: getattr(work, name) for name in WorkList.__slots__}
+    tails = fields.pop("tails")
+    return fields | {f"tails.{name}": getattr(tails, name) for name in Tails.__slots__}
 
 
 def describe(work: WorkList) -> list[tuple[Any, ...]]:
@@ -468,7 +556,6 @@ def test_buffers_that_grow_in_place_say_what_a_list_cut_anew_would(seed: int) ->
 
 def test_a_plan_that_was_carried_on_is_the_one_made_of_a_copy_of_the_tree() -> None:
     """What the tree remembers of its rows changes nothing: plans are a function of the tree."""
-    names = ("items", "tokens", "grows", "blocks", "part_ptr", "part_slots", "tail_room")
     carried = 0
     for seed in range(30):
         case, rng = make_case(seed, num_new=1), random.Random(seed)
@@ -487,9 +574,9 @@ def test_a_plan_that_was_carried_on_is_the_one_made_of_a_copy_of_the_tree() -> N
                 replace(case, plan=build_plan(one, [1] * len(rows), 1)).schedule()
                 for one in (tree, again)
             ]
-            for name in names:
-                mine, theirs = (getattr(work, name).tolist() for work in works)
-                assert mine == theirs, f"{name}, tree {seed}"
+            mine, theirs = map(flatten, works)
+            for name, values in mine.items():
+                assert np.array_equal(values, theirs[name]), f"{name}, tree {seed}"
     assert carried > 100
 
 
@@ -520,9 +607,9 @@ def test_a_list_of_remembered_subtrees_is_the_one_made_from_nothing(wide: bool) 
                 options = {"group_size": group, "num_kv_heads": 2, "num_sms": 20}
                 fresh = schedule(build_plan(shadow.tree, counts, 1), tiles, **options)
                 work = schedule(plan, tiles, **options)
-                for name in WorkList.__slots__:
-                    mine, theirs = getattr(work, name), getattr(fresh, name)
-                    assert np.array_equal(mine, theirs), f"{name}, tree {seed}"
+                mine, theirs = flatten(work), flatten(fresh)
+                for name, values in mine.items():
+                    assert np.array_equal(values, theirs[name]), f"{name}, tree {seed}"
                 families = plan.families[kind]
                 held += sum(known.get(node) is family for node, family in families.items())
                 walked += sum(known.get(node) is not family for node, family in families.items())

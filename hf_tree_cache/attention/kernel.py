@@ -38,6 +38,7 @@ def _work(
     p_arrived,
     i_query,  # [M] row * T + column
     b_limit,  # [M] tokens that each may see
+    b_lane,  # [KV] if there are lanes, the same of the leaf that a tile's token is of
     b_id,  # [KV] first block numbers
     i_head,
     i_list,
@@ -45,6 +46,7 @@ def _work(
     num_queries,
     i_slot,
     num_full,
+    lane_bits,
     num_tokens,
     num_new,
     stride_qb,
@@ -72,6 +74,7 @@ def _work(
     SPLIT_LIST: tl.constexpr,
     PRECISION: tl.constexpr,
     MERGES: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """Up to M // G queries, all heads of one group, over one run of blocks."""
     HQ: tl.constexpr = HKV * G
@@ -93,8 +96,20 @@ def _work(
     b_q = tl.load(p_qs[:, None] + o_dk[None, :], mask=m_q, other=0.0)
     # At the end of its row, a query sees all up to itself. Padding of the tile sees everything: it
     # is never stored, but stays finite.
-    b_limit = tl.where(b_limit == UNLIMITED, num_tokens - (num_new - 1 - i_new), b_limit)
+    if LANES > 1:
+        b_grown = num_tokens - (UNLIMITED - b_limit) - (num_new - 1 - i_new)
+        b_limit = tl.where(b_limit > UNLIMITED // 2, b_grown, b_limit)
+    else:
+        b_limit = tl.where(b_limit == UNLIMITED, num_tokens - (num_new - 1 - i_new), b_limit)
     b_limit = tl.where(m_query, b_limit, UNLIMITED)
+    b_left, b_end = b_limit, b_lane
+    if LANES > 1:
+        # Leaves take turns, a block of each; where there is one lane, a tile is as it was.
+        o_block, last = o_t // S, (1 << lane_bits) - 1
+        o_own = (o_block >> lane_bits) * S + o_t % S
+        b_end = num_tokens - tl.where(lane_bits > 0, UNLIMITED - b_lane, 0) - o_own
+        m_own = (o_block & last)[None, :] == (i_member & last)[:, None]
+        b_left = tl.where(m_own, b_limit[:, None] - o_own[None, :], 0)
     o_id = o_t // S  # zeros where a block holds several tiles
     p_ids = p_list + i_list + o_id
     i_tile = 0
@@ -113,9 +128,9 @@ def _work(
         b_id_v = tl.load(p_ids + v_list + i_tile // PER_BLOCK * PER_TILE)
     b_max = tl.full([M], 0.0 if FIXED else float("-inf"), tl.float32)
     b_acc, b_max, b_sum = attend(
-        p_k, p_v, p_ids, b_q, b_id, b_id_v, b_max, b_limit, b_lower, i_head, i_tile, num_full,
-        num_tokens, v_list, qk_scale, cap_scale, HKV, DK, DV, DKP, DVP, S, M, KV, STAGES, PEEL,
-        WINDOW, FIXED, SOFTCAP, SPLIT_LIST, PRECISION,
+        p_k, p_v, p_ids, b_q, b_id, b_id_v, b_max, b_limit, b_lower, b_left, b_end, lane_bits,
+        i_head, i_tile, num_full, num_tokens, v_list, qk_scale, cap_scale, HKV, DK, DV, DKP, DVP, S,
+        M, KV, STAGES, PEEL, WINDOW, FIXED, SOFTCAP, SPLIT_LIST, PRECISION, LANES,
     )  # fmt: skip
     if FIXED:
         # Nothing waited for a maximum, and no sum was scaled. Where the powers left float32, once
@@ -138,9 +153,9 @@ def _work(
             )  # fmt: skip
             b_max = tl.where(m_sees & ~m_sound, b_top, 0.0)
             b_acc, b_max, b_sum = attend(
-                p_k, p_v, p_few, b_q, b_few, b_few_v, b_max, b_limit, b_lower, i_head, 0, 0,
-                num_tokens, v_list, qk_scale, cap_scale, HKV, DK, DV, DKP, DVP, S, M, FEW, 1, False,
-                WINDOW, True, SOFTCAP, SPLIT_LIST, PRECISION,
+                p_k, p_v, p_few, b_q, b_few, b_few_v, b_max, b_limit, b_lower, b_left, b_end, 0,
+                i_head, 0, 0, num_tokens, v_list, qk_scale, cap_scale, HKV, DK, DV, DKP, DVP, S, M,
+                FEW, 1, False, WINDOW, True, SOFTCAP, SPLIT_LIST, PRECISION, 1,
             )  # fmt: skip
 
     m_out = m_query[:, None] & (o_dv < DV)[None, :]
@@ -221,6 +236,7 @@ def tree_attention_kernel(
     STAGES_LARGE: tl.constexpr,
     MERGE_ROWS: tl.constexpr,
     MERGE_PARTS: tl.constexpr,
+    LANES: tl.constexpr,  # leaves that may take turns in a small item
     SMALL: tl.constexpr,  # the list has items of this kind
     LARGE: tl.constexpr,
     MERGES: tl.constexpr,
@@ -249,17 +265,18 @@ def tree_attention_kernel(
     num_queries = tl.load(p_record + 3)
     i_slot = tl.load(p_record + 4)
     num_full = tl.load(p_record + 5)
+    p_limits = p_record + 8 + QUERIES
     num_tokens = tl.load(p_tokens + i_item)
     p_first = p_record + 8 + 2 * QUERIES
     if SMALL:
         i_small = tl.arange(0, M_SMALL) // G
         i_query_small = tl.load(p_record + 8 + i_small)
-        b_limit_small = tl.load(p_record + 8 + QUERIES + i_small)
+        b_limit_small = tl.load(p_limits + i_small)
         b_id_small = tl.load(p_first + tl.arange(0, KV_SMALL) // S)
     if LARGE:
         i_large = tl.minimum(tl.arange(0, M_LARGE) // G, QUERIES - 1)
         i_query_large = tl.load(p_record + 8 + i_large)
-        b_limit_large = tl.load(p_record + 8 + QUERIES + i_large)
+        b_limit_large = tl.load(p_limits + i_large)
         b_id_large = tl.load(p_first + tl.arange(0, KV_LARGE) // S)
     if OVERLAP:
         # Work lists are older; queries and new K and V are not.
@@ -269,22 +286,25 @@ def tree_attention_kernel(
         if MERGES and kind < 2 and num_work < num_items:
             tl.atomic_add(p_sync, 1, sem="relaxed")
         if SMALL and kind == 0:
+            # In lines that were read above.
+            lane_bits = tl.load(p_record + 6)
+            b_lane = tl.load(p_limits + tl.arange(0, KV_SMALL) // S % LANES)
             _work(
                 p_q, p_k, p_v, p_out, p_lse, p_sinks, p_list, p_lengths, p_part, p_part_lse,
-                p_arrived, i_query_small, b_limit_small, b_id_small, i_head, i_list, start,
-                num_queries, i_slot, num_full, num_tokens, num_new, stride_qb, stride_qh,
-                stride_qt, v_list, qk_scale, cap_scale, window, HKV, G, DK, DV, DKP, DVP, S,
-                M_SMALL, KV_SMALL, STAGES_SMALL, False, WINDOW, False, SOFTCAP, SINKS, SPLIT_LIST,
-                PRECISION, MERGES,
+                p_arrived, i_query_small, b_limit_small, b_lane, b_id_small, i_head, i_list, start,
+                num_queries, i_slot, num_full, lane_bits, num_tokens, num_new, stride_qb,
+                stride_qh, stride_qt, v_list, qk_scale, cap_scale, window, HKV, G, DK, DV, DKP, DVP,
+                S, M_SMALL, KV_SMALL, STAGES_SMALL, False, WINDOW, False, SOFTCAP, SINKS,
+                SPLIT_LIST, PRECISION, MERGES, LANES,
             )  # fmt: skip
         elif LARGE and kind == 1:
             _work(
                 p_q, p_k, p_v, p_out, p_lse, p_sinks, p_list, p_lengths, p_part, p_part_lse,
-                p_arrived, i_query_large, b_limit_large, b_id_large, i_head, i_list, start,
-                num_queries, i_slot, num_full, num_tokens, num_new, stride_qb, stride_qh,
+                p_arrived, i_query_large, b_limit_large, b_limit_large, b_id_large, i_head, i_list,
+                start, num_queries, i_slot, num_full, 0, num_tokens, num_new, stride_qb, stride_qh,
                 stride_qt, v_list, qk_scale, cap_scale, window, HKV, G, DK, DV, DKP, DVP, S,
                 M_LARGE, KV_LARGE, STAGES_LARGE, PEEL, WINDOW, FIXED, SOFTCAP, SINKS, SPLIT_LIST,
-                PRECISION, MERGES,
+                PRECISION, MERGES, 1,
             )  # fmt: skip
         elif MERGES and kind == 2:
             # Waiting is safe once all work has started: it never waits, so it will end. A merge

@@ -245,6 +245,7 @@ class Workspace:
             STAGES_LARGE=tiles.stages_large,
             MERGE_ROWS=work.merge_rows,
             MERGE_PARTS=work.merge_parts,
+            LANES=work.lanes,
             SMALL=self.fixed or work.num_large < work.num_work,
             LARGE=self.fixed or work.num_large > 0,
             MERGES=self.fixed or work.num_work < work.num_items,
@@ -280,14 +281,15 @@ class Workspace:
         assert work is not None
         rows = grown.rows_with_new_blocks(grown.tokens - steps)
         if len(rows):
-            places = work.tail_base[rows] + (grown.growth.base[rows] + grown.tokens - 1) // size
+            block = (grown.growth.base[rows] + grown.tokens - 1) // size
+            places = work.tails.base[rows] + work.tails.step[rows] * block
             work.blocks[places] = grown.blocks[rows]
             numbers = self._put_numbers(storage, places, grown.blocks[rows])
             half = ints.capacity("list") // 2
             for offset in (0, half) if self._split else (0,):
                 ints.send_part("list", int(places.min()) + offset, int(places.max()) + 1 + offset)
             # Records hold the first numbers of their items.
-            items = work.tail_item[rows]
+            items = work.tails.item[rows]
             offsets = places - work.items[items, 1]
             records = self._records(size)
             early = offsets < records.shape[1] - work.items.shape[1]

@@ -50,10 +50,13 @@ class Segments:
         first_block: where each segment's begin.
         begin, tokens: position of the first token, and how many there are.
         skipped: tokens at the front that no query's window reaches.
-        row: whose tail it is, or -1.
+        row: whose tail it is, or -1; of a braid, its first leaf's.
+        lanes: leaves that take turns, see :mod:`.braids`; 1 for all others.
         first_member, num_members: which of the members below are each segment's.
         member_query: row * T + column.
-        member_limit: tokens of the segment that the member sees at most.
+        member_begin: as ``begin``; leaves of a braid begin where they please.
+        member_limit: tokens of the segment that the member sees at most. UNLIMITED - n for all but
+            the last n tokens, however far it grows.
         member_own: tokens of the segment up to the member's own, now.
         member_lower: tokens of the segment before the member's window; None without windows.
     """
@@ -64,9 +67,11 @@ class Segments:
     tokens: Longs
     skipped: Longs
     row: Longs
+    lanes: Longs
     first_member: Longs
     num_members: Longs
     member_query: Longs
+    member_begin: Longs
     member_limit: Longs
     member_own: Longs
     member_lower: Longs | None
@@ -514,9 +519,11 @@ def _to_arrays(
         tokens=tokens,
         skipped=skipped,
         row=row,
+        lanes=np.ones_like(row),
         first_member=first_member,
         num_members=num_members,
         member_query=query.take(member),
+        member_begin=member_begin,
         member_limit=limit,
         member_own=own,
         member_lower=lower,

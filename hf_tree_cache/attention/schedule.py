@@ -7,12 +7,13 @@ and a query with several items has its parts merged by a merge item.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from heapq import heapify, heapreplace
 from math import log2
 
 import numpy as np
 import numpy.typing as npt
 
+from .braids import braid, find_leaves, most_lanes
+from .cut import choose_lanes, chunk_tokens
 from .outline import (
     GROWTH_TOKENS,
     UNLIMITED,
@@ -28,25 +29,73 @@ from .tiles import Tiles
 
 FIELDS = 8
 """Head of a record: kind, place in the list, position of the first token, queries, first slot of
-its parts or -1, tokens that all its queries see. Then follow the queries (row * T + column), what
-each may see of the item (tokens), and the first block numbers."""
+its parts or -1, tokens that all its queries see, log2 of the leaves that take turns. Then follow
+the queries (row * T + column), what each may see of the item (tokens), and the first block numbers.
+"""
 
 SMALL, LARGE, MERGE = 0, 1, 2
-
-AROUND = np.array([[0.7], [0.8], [0.9], [1.0], [1.1], [1.2], [1.3], [1.4]])
-"""What is tried around ``Tiles.waves``, on a model of the GPU."""
-
-MOST_SIMULATED = 128
-"""Segments up to which the cut is chosen by simulation; many segments even out by themselves."""
-
-CLOSE = 1.03
-"""A cut is as good as the best if the model ends it within this factor."""
 
 MERGES_PER_SM = 4
 """Merge programs, if there are so many queries: with more, some wait for others to end."""
 
 LIST_PADDING = 64
 """Numbers behind the list: the kernel loads those of the next tiles ahead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tails:
+    """Where rows grow, int64 ``[B]`` each.
+
+    Attributes:
+        item: grows with the row; -1 where a row cannot.
+        base, step: block i of a row's tokens, if the row's last segment holds it, is
+            ``blocks[base + step * i]``.
+        room: tokens up to which ``blocks`` has room for the row.
+    """
+
+    item: Longs
+    base: Longs
+    step: Longs
+    room: Longs
+
+    @classmethod
+    def of(
+        cls,
+        segments: Segments,
+        growing_item: Longs,
+        plan: TreeAttentionPlan,
+        *,
+        deterministic: bool,
+    ) -> Tails:
+        """Of all rows.
+
+        Args:
+            growing_item: of each segment, the item that grows with it, or -1.
+        """
+        size = plan.block_size
+        item = np.full(plan.num_rows, -1, np.int64)
+        base, step, room = np.zeros((3, plan.num_rows), np.int64)
+        tails = (segments.row >= 0).nonzero()[0]
+        of, lane = spread(segments.lanes.take(tails))
+        tail = tails.take(of)
+        row, begin = segments.row.take(tail), segments.begin.take(tail)
+        lanes = segments.lanes.take(tail)
+        braided = (lanes > 1).nonzero()[0]
+        if len(braided):
+            leaf = (segments.first_member.take(tail) + lane).take(braided)
+            row[braided] = segments.member_query.take(leaf) // plan.num_new
+            begin[braided] = segments.member_begin.take(leaf)
+        item[row] = growing_item.take(tail)
+        step[row] = lanes
+        base[row] = segments.first_block.take(tail) + lane - begin // size * lanes
+        # Lists have whole blocks, and GROWTH_TOKENS beyond them; fixed chunks end where they must.
+        held = segments.tokens.take(tail)
+        ends = begin - (-held // size) * size + GROWTH_TOKENS
+        if deterministic:
+            chunk = fixed_chunk(size)
+            ends = np.minimum(ends, begin - (-held // chunk) * chunk)
+        room[row] = ends
+        return cls(item, base, step, room)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +114,9 @@ class WorkList:
         num_work: items before the first merge.
         num_slots: parts in all.
         num_large: items of the large class.
+        lanes: leaves that an item may have at most, see :mod:`.braids`.
         merge_rows, merge_parts: queries x heads, and parts, that a merge loads at a time.
-        tail_item: int64 ``[B]``, the item that grows with a row; -1 where a row cannot.
-        tail_base: int64 ``[B]``; block i of a row's tokens, if the row's last segment holds it, is
-            ``blocks[tail_base + i]``.
-        tail_room: int64 ``[B]``, tokens up to which ``blocks`` has room for a row to grow.
+        tails: where rows grow.
     """
 
     items: Ints
@@ -82,11 +129,10 @@ class WorkList:
     num_work: int
     num_slots: int
     num_large: int
+    lanes: int
     merge_rows: int
     merge_parts: int
-    tail_item: Longs
-    tail_base: Longs
-    tail_room: Longs
+    tails: Tails
 
     @property
     def num_items(self) -> int:
@@ -94,7 +140,7 @@ class WorkList:
 
     def room_after(self, ends: Longs) -> int:
         """Tokens that every row may grow by from ``ends``, int64 ``[B]``, on."""
-        return int((self.tail_room - ends).min(initial=0 if not len(ends) else GROWTH_TOKENS))
+        return int((self.tails.room - ends).min(initial=0 if not len(ends) else GROWTH_TOKENS))
 
 
 def schedule(
@@ -122,9 +168,16 @@ def schedule(
     if small_tiles is not None and most_queries * group_size <= tiles.m_small:
         tiles = small_tiles
     sms_per_head = num_sms / num_kv_heads
-    steps = _chunk_tokens(segments, tiles, group_size, sms_per_head, plan.block_size)
+    room = tiles.programs_per_sm * sms_per_head
+    most = most_lanes(tiles, group_size, plan.block_size, window)
+    if most > 1:
+        leaves = find_leaves(segments)
+        large = segments.num_members * group_size > tiles.m_small
+        lanes = choose_lanes(segments.tokens, large, leaves, most, tiles, room)
+        segments = braid(segments, leaves, lanes, plan.block_size)
+    steps = chunk_tokens(segments, tiles, group_size, room, plan.block_size)
     items = _Items.of(segments, steps, tiles, group_size)
-    return _work_list(plan, segments, items, tiles, group_size, sms_per_head, num_merged)
+    return _work_list(plan, segments, items, tiles, group_size, sms_per_head, num_merged, most)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +192,8 @@ class _Items:
         cost: in tokens of the small class.
         large: whether it is of the large class.
         first_member, num_members: which of the members below are each item's.
-        query, limit, full: of the members: row * T + column; tokens of the item that it sees at
-            most; and that it sees now.
+        query, begin, limit, full: of the members: row * T + column; position of the first token;
+            tokens of the item that it sees at most; and that it sees now.
     """
 
     segment: Longs
@@ -152,6 +205,7 @@ class _Items:
     first_member: Longs
     num_members: Longs
     query: Longs
+    begin: Longs
     limit: Longs
     full: Longs
 
@@ -163,10 +217,11 @@ class _Items:
         if (left > 0).all() and (left <= steps).all():
             # Nothing is cut: each segment is an item.
             segment: Longs = np.arange(len(left))
-            offset, stretch, grows = segments.skipped, left, tails
+            offset, stretch, grows, lanes = segments.skipped, left, tails, segments.lanes
             num_members = segments.num_members
             item = segment.repeat(num_members)
             query, limit, own = segments.member_query, segments.member_limit, segments.member_own
+            begin = segments.member_begin
             lower = segments.member_lower
         else:
             pieces = -(-left // steps)
@@ -178,12 +233,18 @@ class _Items:
             stretch = np.where(last, segments.tokens.take(segment) - offset, step)
             # The last item of a tail grows with its row; the others end where the next begins.
             grows = last & tails.take(segment)
+            lanes = segments.lanes.take(segment)
             num_members = segments.num_members.take(segment)
             item, member = spread(num_members)
             member += segments.first_member.take(segment).take(item)
-            query, limit, own = (
+            query, limit, own, begin = (
                 values.take(member)
-                for values in (segments.member_query, segments.member_limit, segments.member_own)
+                for values in (
+                    segments.member_query,
+                    segments.member_limit,
+                    segments.member_own,
+                    segments.member_begin,
+                )
             )
             lower = None if segments.member_lower is None else segments.member_lower.take(member)
 
@@ -194,13 +255,16 @@ class _Items:
         if lower is not None:
             sees &= lower < before + reach
         if not sees.all():
-            item, query, now, limit, reach = (x[sees] for x in (item, query, now, limit, reach))
+            item, query, now, limit, reach, begin = (
+                x[sees] for x in (item, query, now, limit, reach, begin)
+            )
             num_members = np.bincount(item, minlength=len(segment))
         full = np.minimum(now, reach)
-        limit = np.where(grows.take(item) & (limit == UNLIMITED), UNLIMITED, full)
+        limit = np.where(grows.take(item) & (limit > UNLIMITED // 2), limit, full)
+        begin = begin + offset.take(item)
 
         large = num_members > (0 if tiles.deterministic else tiles.m_small // group_size)
-        cost = np.where(large, tiles.large_cost, 1.0) * (stretch + tiles.item_cost)
+        cost = np.where(large, tiles.large_cost, 1.0) * (stretch * lanes + tiles.item_cost)
         kept = num_members > 0
         if not kept.all():
             segment, offset, stretch = (x[kept] for x in (segment, offset, stretch))
@@ -220,78 +284,10 @@ class _Items:
             first_member=num_members.cumsum() - num_members,
             num_members=num_members,
             query=query,
+            begin=begin,
             limit=limit,
             full=full,
         )
-
-
-def _chunk_tokens(
-    segments: Segments, tiles: Tiles, group_size: int, sms_per_head: float, size: int
-) -> Longs:
-    """Tokens of each segment's items: so many that they end together, as far as can be known."""
-    left = segments.tokens - segments.skipped
-    if tiles.deterministic:
-        return np.full(len(left), fixed_chunk(size), np.int64)
-    quantum = max(tiles.kv_small, tiles.kv_large, size)
-    large = segments.num_members * group_size > tiles.m_small
-    rate = np.where(large, tiles.large_cost, 1.0)
-    room = tiles.programs_per_sm * sms_per_head
-    wave = float((rate * (left + tiles.item_cost)).sum()) / room
-    most = np.maximum(left // tiles.min_chunk, 1)
-
-    share = left * rate / max(wave, 1.0)
-
-    def cut(waves: npt.NDArray[np.float64] | float) -> Longs:
-        pieces = (share * waves + 0.5).astype(np.int64)
-        pieces = np.minimum(np.maximum(pieces, 1), most)
-        return np.maximum(-(-left // (pieces * quantum)), 1) * quantum
-
-    best = cut(tiles.waves)
-    # Where work is split at all, a few more or fewer pieces decide whether the last ones run alone.
-    if (best < left).any() and len(left) <= MOST_SIMULATED:
-        cuts = {steps.tobytes(): steps for steps in cut(tiles.waves * AROUND)}
-        ends: dict[bytes, float] = {}
-        for key, steps in cuts.items():
-            limit = CLOSE * min(ends.values(), default=float("inf"))
-            ends[key] = _makespan(left, steps, rate, large, tiles.item_cost, int(room), limit)
-        # Of those that end about first, the fewest items: less to merge.
-        bound = CLOSE * min(ends.values())
-        best = next(cuts[key] for key, end in ends.items() if end <= bound)
-    return best
-
-
-def _makespan(
-    left: Longs,
-    steps: Longs,
-    rate: npt.NDArray[np.float64],
-    large: npt.NDArray[np.bool_],
-    item_cost: int,
-    room: int,
-    limit: float,
-) -> float:
-    """When the last item ends, in tokens, if ``room`` of them run at a time in the list's order.
-
-    Anything above ``limit``, where it cannot end earlier.
-    """
-    pieces = -(-left // steps)
-    cost = rate * (np.minimum(steps, left) + item_cost)
-    room = max(1, room)
-    least = float((cost * pieces).sum()) / room
-    if least > limit:
-        return least
-    order = np.lexsort((-cost, ~large))
-    in_order = cost.take(order).repeat(pieces.take(order)).tolist()
-    ends = in_order[:room]
-    end = max(ends, default=0.0)
-    heapify(ends)
-    for cost in in_order[room:]:
-        next_end = ends[0] + cost
-        heapreplace(ends, next_end)
-        if next_end > end:
-            end = next_end
-            if end > limit:
-                break
-    return end
 
 
 def _merge_shape(
@@ -317,6 +313,7 @@ def _work_list(
     group_size: int,
     sms_per_head: float,
     num_merged: int | None,
+    most_lanes: int,
 ) -> WorkList:
     """Order the items, give slots to parts, add blanks and merges, write the records."""
     size, num_queries = plan.block_size, plan.num_rows * plan.num_new
@@ -338,8 +335,7 @@ def _work_list(
     first_slot = slots_used.cumsum() - slots_used
     is_part = parted.take(item).nonzero()[0]
     part_query, part_item = query.take(is_part), item.take(is_part)
-    begins = segments.begin.take(segment) + offset
-    by_position = (part_query << 32 | begins.take(part_item)).argsort()
+    by_position = (part_query << 32 | items.begin.take(member.take(is_part))).argsort()
     part_slots = (first_slot.take(part_item) + place.take(is_part)).take(by_position)
     num_parts = np.bincount(part_query, minlength=num_queries)
 
@@ -353,37 +349,36 @@ def _work_list(
     records = np.zeros((num_work + num_merges, FIELDS + 2 * width), np.int32)
     work = records[: len(order)]
     work[:, 0] = LARGE if tiles.deterministic else items.large[order]
-    work[:, 1] = segments.first_block.take(segment) + offset // size
-    work[:, 2] = begins
+    lanes = segments.lanes.take(segment)
+    work[:, 1] = segments.first_block.take(segment) + offset // size * lanes
+    work[:, 2] = segments.begin.take(segment) + offset
     work[:, 3] = counts
     work[:, 4] = np.where(parted, first_slot, -1)
     if len(order) and not tiles.deterministic:
         work[:, 5] = np.minimum.reduceat(items.full.take(member), counts.cumsum() - counts)
+    work[:, 6] = np.log2(lanes)
     at = item * records.shape[1] + place
     records.put(at + FIELDS, query)
-    records.put(at + (FIELDS + width), items.limit.take(member))
+    limit = items.limit.take(member)
+    records.put(at + (FIELDS + width), limit)
+    turns = int(lanes.max(initial=1))
+    if 1 < turns < most_lanes:
+        # The kernel looks for a lane's limit before it knows how many there are.
+        limits = work[lanes > 1, FIELDS + width : FIELDS + width + turns]
+        work[lanes > 1, FIELDS + width : FIELDS + width + most_lanes] = np.tile(
+            limits, most_lanes // turns
+        )
     _put_tiled(records[len(order) : num_work], LARGE if tiles.deterministic else SMALL, idle, small)
     _put_tiled(records[num_work:], MERGE, merged, merge_rows // group_size)
 
     tokens, grows = np.zeros((2, len(records)), np.int32)
     tokens[: len(order)] = items.tokens.take(order)
-    tail_item, tail_base = np.full((2, plan.num_rows), -1, np.int64)
-    tail_room = np.zeros(plan.num_rows, np.int64)
+    growing_item = np.full(len(segments.row), -1, np.int64)
     if plan.grown is not None or max(plan.counts, default=0) == 1:
         grows[: len(order)] = items.grows.take(order)
-        tails = (segments.row >= 0).nonzero()[0]
-        row, begin, held = (
-            values.take(tails) for values in (segments.row, segments.begin, segments.tokens)
-        )
         growing = grows.nonzero()[0]
-        tail_item[segments.row.take(segment.take(growing))] = growing
-        tail_base[row] = segments.first_block.take(tails) - begin // size
-        # Lists have whole blocks, and GROWTH_TOKENS beyond them; fixed chunks end where they must.
-        room = begin - (-held // size) * size + GROWTH_TOKENS
-        if tiles.deterministic:
-            chunk = fixed_chunk(size)
-            room = np.minimum(room, begin - (-held // chunk) * chunk)
-        tail_room[row] = room
+        growing_item[segment.take(growing)] = growing
+    tails = Tails.of(segments, growing_item, plan, deterministic=tiles.deterministic)
     part_ptr = np.zeros(num_queries + 1, np.int32)
     num_parts.cumsum(out=part_ptr[1:])
     return WorkList(
@@ -397,11 +392,10 @@ def _work_list(
         num_work=num_work,
         num_slots=int(slots_used.sum()),
         num_large=int(items.large.sum()) + (num_blanks if tiles.deterministic else 0),
+        lanes=most_lanes,
         merge_rows=merge_rows,
         merge_parts=merge_parts,
-        tail_item=tail_item,
-        tail_base=tail_base,
-        tail_room=tail_room,
+        tails=tails,
     )
 
 

@@ -79,6 +79,9 @@ def attend(
     b_max,  # [M] the pivot, if it is fixed
     b_limit,  # [M] tokens that each may see
     b_lower,  # [M] and those before that it may not
+    b_left,  # [M, KV] if there are lanes: tokens that each may see from a token of tile 0 on
+    b_end,  # [KV] and those that there are
+    lane_bits,  # log2 of how many leaves take turns
     i_head,
     i_tile,
     num_full,
@@ -101,6 +104,7 @@ def attend(
     SOFTCAP: tl.constexpr,
     SPLIT_LIST: tl.constexpr,
     PRECISION: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """Softmax over a run of blocks: sums of values [M, DV], maximum [M], sum of weights [M]."""
     PER_TILE: tl.constexpr = KV // S if KV > S else 1  # blocks of a tile
@@ -143,7 +147,7 @@ def attend(
             b_id = b_next
             b_id_v = b_next_v
         i_tile = num_plain
-    for t in tl.range(i_tile, tl.cdiv(num_tokens, KV), num_stages=STAGES):
+    for t in tl.range(i_tile, tl.cdiv(num_tokens << lane_bits, KV), num_stages=STAGES):
         b_next = tl.load(p_ids + (t + 1) // PER_BLOCK * PER_TILE)
         if SPLIT_LIST:
             b_next_v = tl.load(p_ids + v_list + (t + 1) // PER_BLOCK * PER_TILE)
@@ -158,12 +162,17 @@ def attend(
             b_k = tl.load(p_k + (o_bk[:, None] + o_k))
         else:
             b_k = tl.load(p_k + (o_bk[:, None] + o_k), mask=(o_dk < DK)[None, :], other=0.0)
-        o_token = t * KV + o_t
-        m_v = (o_token < num_tokens)[:, None]
+        if LANES > 1:
+            first = (t * KV) >> lane_bits
+            m_v = (b_end > first)[:, None]
+            m_seen = b_left > first
+        else:
+            o_token = t * KV + o_t
+            m_v = (o_token < num_tokens)[:, None]
+            m_seen = o_token[None, :] < b_limit[:, None]
         if DV != DVP:
             m_v = m_v & (o_dv < DV)[None, :]
         b_v = tl.load(p_v + (o_bv[:, None] + o_v), mask=m_v, other=0.0)
-        m_seen = o_token[None, :] < b_limit[:, None]
         if WINDOW != 0:
             m_seen = m_seen & (o_token[None, :] >= b_lower[:, None])
         b_acc, b_max, b_sum, b_norm = _accumulate(

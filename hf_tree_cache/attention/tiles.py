@@ -36,6 +36,7 @@ class Tiles:
         min_chunk: tokens below which work is not split.
         item_cost: what starting an item costs, in tokens of the small class.
         large_cost: a token of the large class, in tokens of the small class.
+        lanes: leaves that may share an item of the small class, see :mod:`.braids`.
         deterministic: cuts and arithmetic of a row do not depend on what else is in the batch.
     """
 
@@ -54,6 +55,7 @@ class Tiles:
     min_chunk: int = 128
     item_cost: int = 200
     large_cost: float = 1.25
+    lanes: int = 4
     deterministic: bool = False
 
     def options(self, arch: str) -> dict[str, Any]:
@@ -159,7 +161,8 @@ _ROWS: tuple[tuple[tuple[str, ...], int, tuple[int, ...], Tiles, Tiles], ...] = 
     (_TIGHT, 2, _EASY, Tiles(kv_large=64),
      Tiles(stages_small=2, max_registers=128, programs_per_sm=4)),
     # Measured on an H200, merges of lists without large items excepted.
-    (("sm_90",), 2, (128,), Tiles(max_registers=168, programs_per_sm=3),
+    (("sm_90",), 2, (128,),
+     Tiles(max_registers=168, programs_per_sm=3, item_cost=140, large_cost=1.2),
      Tiles(stages_small=2, merge_parts=4, programs_per_sm=4)),
     (("sm_100",), 2, (128,), Tiles(merge_parts=4, max_registers=168, programs_per_sm=3),
      Tiles(stages_small=2, merge_parts=4, programs_per_sm=4)),

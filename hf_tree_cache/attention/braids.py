@@ -1,0 +1,94 @@
+"""Short leaves that share an item: their blocks take turns, one of each, in one list.
+
+An item of one short leaf costs more to start than to read, and its tile of queries is mostly
+padding. Several leaves fill the tile, and start once.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .outline import GROWTH_TOKENS, UNLIMITED, Longs, Segments, spread
+from .plan import Window
+from .tiles import Tiles
+
+LONGEST = 1024
+"""Tokens of a leaf from which on its own item is no waste."""
+
+
+def most_lanes(tiles: Tiles, group_size: int, size: int, window: Window | None) -> int:
+    """Leaves that an item may have: a power of two, 1 for no braids.
+
+    Args:
+        group_size: G, query heads of a K/V head.
+        size: tokens of a block.
+        window: with one, each leaf would need a first token of its own.
+    """
+    most = min(tiles.m_small // group_size, tiles.kv_small // size, tiles.lanes)
+    if window is not None or tiles.deterministic or most < 2:
+        return 1
+    return 1 << most.bit_length() - 1
+
+
+def find_leaves(segments: Segments) -> Longs:
+    """Segments of one leaf each, short enough to be braided, the longest first."""
+    alone = (segments.row >= 0) & (segments.num_members == 1) & (segments.tokens <= LONGEST)
+    # What is left over in the end lies before those that are braided.
+    leaves = alone.nonzero()[0][::-1]
+    return leaves.take((-segments.tokens.take(leaves)).argsort(kind="stable"))
+
+
+def braid(segments: Segments, leaves: Longs, lanes: int, size: int) -> Segments:
+    """``segments``, so many ``leaves`` taken together at a time, after all others.
+
+    What is left over stays as it is.
+    """
+    if lanes == 1 or len(leaves) < lanes:
+        return segments
+    return _take_turns(segments, leaves[: len(leaves) // lanes * lanes].reshape(-1, lanes), size)
+
+
+def _take_turns(segments: Segments, leaves: Longs, size: int) -> Segments:
+    """Braids of the ``leaves``, ``[n, lanes]``, after all other segments."""
+    num_braids, lanes = leaves.shape
+    flat = leaves.ravel()
+    is_kept = np.ones(len(segments.row), np.bool_)
+    is_kept[flat] = False
+    kept = is_kept.nonzero()[0]
+    # Places up to the longest leaf's end, with its room: what a shorter one has not, nobody sees.
+    longest = segments.tokens.take(leaves).max(axis=1)
+    width = -(-int(longest.max()) // size) + -(-GROWTH_TOKENS // size)
+    places = segments.first_block.take(leaves)[:, None, :] + np.arange(width)[:, None]
+    braided = segments.blocks.take(places, mode="clip")
+    # Lists are in the order of segments: behind the last one that is kept, all are braided.
+    after = int(kept[-1]) + 1 if len(kept) else 0
+    end = int(segments.first_block[after]) if after < len(is_kept) else len(segments.blocks)
+
+    def joined(values: Longs, braids: Longs) -> Longs:
+        return np.concatenate([values.take(kept), braids])
+
+    old = segments.num_members.take(kept)
+    of, member = spread(old)
+    member += segments.first_member.take(kept).take(of)
+    member = np.concatenate([member, segments.first_member.take(flat)])
+    num_members = np.concatenate([old, np.full(num_braids, lanes)])
+    short = longest.repeat(lanes) - segments.tokens.take(flat)
+    limit = segments.member_limit.take(member)
+    limit[len(limit) - len(flat) :] = UNLIMITED - short
+    first = leaves[:, 0]
+    return Segments(
+        blocks=np.concatenate([segments.blocks[:end], braided.ravel()]),
+        first_block=joined(segments.first_block, end + np.arange(num_braids) * (width * lanes)),
+        begin=joined(segments.begin, segments.begin.take(first)),
+        tokens=joined(segments.tokens, longest),
+        skipped=joined(segments.skipped, segments.skipped.take(first)),
+        row=joined(segments.row, segments.row.take(first)),
+        lanes=joined(segments.lanes, np.full(num_braids, lanes)),
+        first_member=num_members.cumsum() - num_members,
+        num_members=num_members,
+        member_query=segments.member_query.take(member),
+        member_begin=segments.member_begin.take(member),
+        member_limit=limit,
+        member_own=segments.member_own.take(member),
+        member_lower=None,
+    )
