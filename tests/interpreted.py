@@ -108,7 +108,6 @@ def run_tree(seed: int, seen: dict[str, set[Any]]) -> list[str]:
         "many parts": bool(work.num_slots) and int(work.part_ptr[1:].max()) > 8,
         "large": work.num_large > 0,
         "blanks": min(call.plan.counts) < call.plan.num_new,
-        "lanes": bool(work.items[:, 6].any()),
         "several slabs": call.storage.num_blocks > call.storage.slab_blocks,
     }.items():
         seen.setdefault(feature, set()).add(value)
@@ -139,6 +138,29 @@ def run_growth() -> list[str]:
         for _ in range(10):
             call = append(call, [1] * call.plan.num_rows)
         wrong.append(complain(call, call.attend(workspace)))
+    return [text for text in wrong if text is not None]
+
+
+def run_braids() -> list[str]:
+    """Leaves that take turns, of different lengths, from different prompts, while they grow."""
+    wrong = []
+    for group, lanes, dims in ((4, 4, (16, 16)), (7, 2, (32, 16))):
+        family = Family(torch.float32, dims, group, 16, num_kv_heads=1)
+        rows = [0] * 11 + [1] * 12
+        private = [1 + row % 5 * 9 for row in range(len(rows))]
+        tree = grow(ShadowTree(16), [20, 45], " ".join(map(str, rows)), private, [1] * len(rows))
+        call = call_over(family, tree, "cpu")
+        workspace = family.workspace("cpu")
+        wrong.append(complain(call, call.attend(workspace)))
+        work = workspace.work
+        assert work is not None
+        if work.lanes != lanes or 1 << int(work.items[:, 6].max()) != lanes:
+            wrong.append(f"not {lanes} lanes, but {work.lanes} and {set(work.items[:, 6])}")
+        for steps in (12, 1, 9):
+            for _ in range(steps):
+                call = append(call, [1] * call.plan.num_rows)
+            wrong.append(complain(call, call.attend(workspace)))
+        wrong.append(None if workspace.work is work else "growth was planned anew")
     return [text for text in wrong if text is not None]
 
 
@@ -234,7 +256,12 @@ def main(num_trees: int) -> None:
         (f"tree {seed} ({SHAPES[seed % len(SHAPES)]})", lambda seed=seed: run_tree(seed, seen))
         for seed in range(num_trees)
     ]
-    jobs += [("growth", run_growth), ("blanks", run_blanks), ("dispatch", run_dispatch)]
+    jobs += [
+        ("growth", run_growth),
+        ("braids", run_braids),
+        ("blanks", run_blanks),
+        ("dispatch", run_dispatch),
+    ]
     jobs += [("forward", run_forward), ("traced", run_traced)]
     for name, job in jobs:
         try:
