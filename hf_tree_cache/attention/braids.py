@@ -55,35 +55,47 @@ def _take_turns(segments: Segments, leaves: Longs, size: int) -> Segments:
     is_kept = np.ones(len(segments.row), np.bool_)
     is_kept[flat] = False
     kept = is_kept.nonzero()[0]
-    # Places up to the longest leaf's end, with its room: what a shorter one has not, nobody sees.
-    longest = segments.tokens.take(leaves).max(axis=1)
-    width = -(-int(longest.max()) // size) + -(-GROWTH_TOKENS // size)
-    places = segments.first_block.take(leaves)[:, None, :] + np.arange(width)[:, None]
-    braided = segments.blocks.take(places, mode="clip")
+    tokens = segments.tokens.take(flat)
+    longest = tokens.reshape(-1, lanes).max(axis=1)
+    # Places up to the longest leaf's end, with room: what a shorter one does not have, nobody sees.
+    held = -(-int(longest.max(initial=0)) // size)
+    width = held - (-GROWTH_TOKENS // size)
+    places = segments.first_block.take(leaves)[:, None, :] + np.arange(held)[:, None]
+    braided = np.zeros((num_braids, width, lanes), np.int32)
+    segments.blocks.take(places, mode="clip", out=braided[:, :held])
     # Lists are in the order of segments: behind the last one that is kept, all are braided.
     after = int(kept[-1]) + 1 if len(kept) else 0
     end = int(segments.first_block[after]) if after < len(is_kept) else len(segments.blocks)
 
-    def joined(values: Longs, braids: Longs) -> Longs:
-        return np.concatenate([values.take(kept), braids])
-
-    old = segments.num_members.take(kept)
-    of, member = spread(old)
-    member += segments.first_member.take(kept).take(of)
-    member = np.concatenate([member, segments.first_member.take(flat)])
-    num_members = np.concatenate([old, np.full(num_braids, lanes)])
-    short = longest.repeat(lanes) - segments.tokens.take(flat)
+    # Of a braid, what its first leaf has, but for what follows.
+    order = np.concatenate([kept, leaves[:, 0]])
+    first_block, own_tokens, num_members = (
+        values.take(order)
+        for values in (segments.first_block, segments.tokens, segments.num_members)
+    )
+    first_block[len(kept) :] = np.arange(end, end + braided.size, width * lanes)
+    own_tokens[len(kept) :] = longest
+    num_members[len(kept) :] = lanes
+    own_lanes = np.ones_like(order)
+    own_lanes[len(kept) :] = lanes
+    if after == len(kept):
+        num_kept = len(segments.member_query) - len(flat)
+        member = np.concatenate([np.arange(num_kept), segments.first_member.take(flat)])
+    else:
+        of, member = spread(num_members[: len(kept)])
+        member += segments.first_member.take(kept).take(of)
+        num_kept = len(member)
+        member = np.concatenate([member, segments.first_member.take(flat)])
     limit = segments.member_limit.take(member)
-    limit[len(limit) - len(flat) :] = UNLIMITED - short
-    first = leaves[:, 0]
+    limit[num_kept:] = UNLIMITED - (longest.repeat(lanes) - tokens)
     return Segments(
         blocks=np.concatenate([segments.blocks[:end], braided.ravel()]),
-        first_block=joined(segments.first_block, end + np.arange(num_braids) * (width * lanes)),
-        begin=joined(segments.begin, segments.begin.take(first)),
-        tokens=joined(segments.tokens, longest),
-        skipped=joined(segments.skipped, segments.skipped.take(first)),
-        row=joined(segments.row, segments.row.take(first)),
-        lanes=joined(segments.lanes, np.full(num_braids, lanes)),
+        first_block=first_block,
+        begin=segments.begin.take(order),
+        tokens=own_tokens,
+        skipped=segments.skipped.take(order),
+        row=segments.row.take(order),
+        lanes=own_lanes,
         first_member=num_members.cumsum() - num_members,
         num_members=num_members,
         member_query=segments.member_query.take(member),
