@@ -359,15 +359,12 @@ def _work_list(
     work[:, 6] = np.log2(lanes)
     at = item * records.shape[1] + place
     records.put(at + FIELDS, query)
-    limit = items.limit.take(member)
-    records.put(at + (FIELDS + width), limit)
+    records.put(at + (FIELDS + width), items.limit.take(member))
     turns = int(lanes.max(initial=1))
     if 1 < turns < most_lanes:
-        # The kernel looks for a lane's limit before it knows how many there are.
-        limits = work[lanes > 1, FIELDS + width : FIELDS + width + turns]
-        work[lanes > 1, FIELDS + width : FIELDS + width + most_lanes] = np.tile(
-            limits, most_lanes // turns
-        )
+        # The kernel looks for the limit of a block's lane as if there were as many as may be.
+        limits = work[:, FIELDS + width : FIELDS + width + most_lanes]
+        limits[lanes > 1] = np.tile(limits[lanes > 1, :turns], most_lanes // turns)
     _put_tiled(records[len(order) : num_work], LARGE if tiles.deterministic else SMALL, idle, small)
     _put_tiled(records[num_work:], MERGE, merged, merge_rows // group_size)
 
