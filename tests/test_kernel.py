@@ -400,7 +400,8 @@ def test_a_tree_agrees_while_it_grows_and_branches(family: Family) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("group", [4, 8])
 def test_many_branches_agree_while_they_grow(group: int) -> None:
-    """Large items go on with one branch, and merges take several queries."""
+    """Large items go on with one branch, the others' leaves take turns, and merges take several
+    queries."""
     family = Family(BF16, (128, 128), group, 16, num_kv_heads=8, fixed=True)
     call = call_over(family, grow(ShadowTree(16), [500], " ".join("0" * 300), [30] * 300), "cuda")
     workspace = family.workspace("cuda")
@@ -413,6 +414,7 @@ def test_many_branches_agree_while_they_grow(group: int) -> None:
     work = workspace.work
     assert work is not None and work.merge_rows > 8
     assert (work.grows.astype(bool) & (work.items[:, 0] == LARGE)).any()
+    assert 1 << int(work.items[:, 6].max()) == work.lanes
 
 
 @pytest.mark.gpu
