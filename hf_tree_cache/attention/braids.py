@@ -43,14 +43,8 @@ def braid(segments: Segments, leaves: Longs, lanes: int, size: int) -> Segments:
 
     What is left over stays as it is.
     """
-    if lanes == 1 or len(leaves) < lanes:
-        return segments
-    return _take_turns(segments, leaves[: len(leaves) // lanes * lanes].reshape(-1, lanes), size)
-
-
-def _take_turns(segments: Segments, leaves: Longs, size: int) -> Segments:
-    """Braids of the ``leaves``, ``[n, lanes]``, after all other segments."""
-    num_braids, lanes = leaves.shape
+    num_braids = len(leaves) // lanes
+    leaves = leaves[: num_braids * lanes].reshape(-1, lanes)
     flat = leaves.ravel()
     is_kept = np.ones(len(segments.row), np.bool_)
     is_kept[flat] = False
@@ -58,7 +52,7 @@ def _take_turns(segments: Segments, leaves: Longs, size: int) -> Segments:
     tokens = segments.tokens.take(flat)
     longest = tokens.reshape(-1, lanes).max(axis=1)
     # Places up to the longest leaf's end, with room: what a shorter one does not have, nobody sees.
-    held = -(-int(longest.max(initial=0)) // size)
+    held = -(-int(longest.max()) // size)
     width = held - (-GROWTH_TOKENS // size)
     places = segments.first_block.take(leaves)[:, None, :] + np.arange(held)[:, None]
     braided = np.zeros((num_braids, width, lanes), np.int32)
@@ -78,14 +72,10 @@ def _take_turns(segments: Segments, leaves: Longs, size: int) -> Segments:
     num_members[len(kept) :] = lanes
     own_lanes = np.ones_like(order)
     own_lanes[len(kept) :] = lanes
-    if after == len(kept):
-        num_kept = len(segments.member_query) - len(flat)
-        member = np.concatenate([np.arange(num_kept), segments.first_member.take(flat)])
-    else:
-        of, member = spread(num_members[: len(kept)])
-        member += segments.first_member.take(kept).take(of)
-        num_kept = len(member)
-        member = np.concatenate([member, segments.first_member.take(flat)])
+    of, member = spread(num_members[: len(kept)])
+    member += segments.first_member.take(kept).take(of)
+    num_kept = len(member)
+    member = np.concatenate([member, segments.first_member.take(flat)])
     limit = segments.member_limit.take(member)
     limit[num_kept:] = UNLIMITED - (longest.repeat(lanes) - tokens)
     return Segments(

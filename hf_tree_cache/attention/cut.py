@@ -51,7 +51,7 @@ def chunk_tokens(
     left = segments.tokens - segments.skipped
     if tiles.deterministic:
         return np.full(len(left), fixed_chunk(size), np.int64)
-    large = segments.num_members * group_size > tiles.m_small
+    large = _is_large(segments, tiles, group_size)
     cutter = _Cutter(
         left, segments.lanes, large, tiles, room, max(tiles.kv_small, tiles.kv_large, size)
     )
@@ -70,19 +70,19 @@ def chunk_tokens(
 
 
 def choose_lanes(
-    tokens: Longs, large: Bools, leaves: Longs, most: int, tiles: Tiles, room: float
+    segments: Segments, leaves: Longs, most: int, tiles: Tiles, group_size: int, room: float
 ) -> int:
     """How many leaves a braid should have, a power of two; 1 for none.
 
     Args:
-        tokens: of all segments.
-        large: those of the large class.
         leaves: segments that may be braided, the longest first.
         most: leaves of a braid.
+        group_size: G, query heads of a K/V head.
         room: programs that run at a time, for each K/V head.
     """
-    alone = tokens.take(leaves) + GROWING
-    wide = tokens[large]
+    tokens = segments.tokens
+    longest = float(tokens.take(leaves).max(initial=0) + GROWING)
+    wide = tokens[_is_large(segments, tiles, group_size)]
     wide_cost = tiles.large_cost * float((wide + tiles.item_cost).sum())
     num_others = len(tokens) - len(leaves) - len(wide)
     reading = wide_cost + float(tokens.sum() - wide.sum() + GROWING * len(leaves))
@@ -91,7 +91,7 @@ def choose_lanes(
     while lanes <= min(most, len(leaves)):
         items = num_others + len(leaves) // lanes + len(leaves) % lanes
         whole = reading + items * tiles.item_cost
-        end = whole / room + LAST * (float(alone[0]) * lanes + tiles.item_cost)
+        end = whole / room + LAST * (longest * lanes + tiles.item_cost)
         # Fewer than fill the GPU must all find a place beside the large items: if they start when
         # those end, they are the last to end.
         beside = items + PIECES * len(wide) <= room and wide_cost < MOST_LARGE * whole
@@ -99,6 +99,10 @@ def choose_lanes(
             best, best_end = lanes, end
         lanes *= 2
     return best
+
+
+def _is_large(segments: Segments, tiles: Tiles, group_size: int) -> Bools:
+    return segments.num_members * group_size > tiles.m_small
 
 
 class _Cutter:

@@ -172,9 +172,9 @@ def schedule(
     most = most_lanes(tiles, group_size, plan.block_size, window)
     if most > 1:
         leaves = find_leaves(segments)
-        large = segments.num_members * group_size > tiles.m_small
-        lanes = choose_lanes(segments.tokens, large, leaves, most, tiles, room)
-        segments = braid(segments, leaves, lanes, plan.block_size)
+        lanes = choose_lanes(segments, leaves, most, tiles, group_size, room)
+        if lanes > 1:
+            segments = braid(segments, leaves, lanes, plan.block_size)
     steps = chunk_tokens(segments, tiles, group_size, room, plan.block_size)
     items = _Items.of(segments, steps, tiles, group_size)
     return _work_list(plan, segments, items, tiles, group_size, sms_per_head, num_merged, most)
