@@ -42,7 +42,7 @@ from hf_tree_cache.attention.dispatch import run_tree_attention
 from hf_tree_cache.attention.plan import Window
 from hf_tree_cache.attention.tiles import Tiles, TileSet
 from hf_tree_cache.forward.experts import few_rows_experts
-from hf_tree_cache.forward.linear import MOST_ROWS, few_rows_gated, few_rows_linear
+from hf_tree_cache.forward.linear import ACTIVATIONS, MOST_ROWS, few_rows_gated, few_rows_linear
 from hf_tree_cache.integration.linears import DecodeLinears
 
 WINDOWS = [None, None, Window("sliding", 7), Window("chunked", 8), Window("sliding", 100)]
@@ -208,9 +208,13 @@ def run_forward() -> list[str]:
                 wrong.append(f"{rows} rows, {widths} of {size}, bias {bias}: off by {error:.1e}")
         inputs = draw(rows, (widths[0],) * 2, size, torch.float16, "cpu", False)
         x, weights = inputs[0], [weight * size**-0.5 for weight in inputs[1]]
-        error = error_of_gated(few_rows_gated(x, *weights), x, *weights)
-        if not error < FP16_FACTOR * TOLERANCE[torch.float16]:
-            wrong.append(f"{rows} rows, gated, {widths[0]} of {size}: off by {error:.1e}")
+        for activation in ACTIVATIONS:
+            got = few_rows_gated(x, *weights, activation)
+            error = error_of_gated(got, x, *weights, activation)
+            if not error < FP16_FACTOR * TOLERANCE[torch.float16]:
+                wrong.append(
+                    f"{rows} rows, {activation}, {widths[0]} of {size}: off by {error:.1e}"
+                )
     for case in ROUTED:
         wrong += route_and_compare(*case, torch.float16, "cpu")
     for case in EXPERTS:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 
 from hf_tree_cache.forward.linear import (
+    ACTIVATIONS,
     MOST_ROWS,
     TILES,
     Gpu,
@@ -23,10 +24,17 @@ from hf_tree_cache.forward.linear import (
     few_rows_linear,
     find_obstacle,
 )
-from hf_tree_cache.forward.small import Rotation, Sum, gated_product, make_rotary, rms_norm
+from hf_tree_cache.forward.small import (
+    Rotation,
+    Sum,
+    activate,
+    gated_product,
+    make_rotary,
+    rms_norm,
+)
 from hf_tree_cache.integration import gated as gated_module
 from hf_tree_cache.integration import linears as linears_module
-from hf_tree_cache.integration.gated import GatedUnits
+from hf_tree_cache.integration.gated import GatedUnits, find_style
 from hf_tree_cache.integration.linears import DecodeLinears
 from hf_tree_cache.integration.pending import Pending
 from hf_tree_cache.integration.small_steps import SmallSteps
@@ -84,9 +92,8 @@ def test_the_kernel_agrees_with_float64(dtype, rows, widths, size, bias):
         assert torch.equal(few_rows_linear(x[:1], weights, biases), got[:1])
 
 
-def error_of_gated(got, x, gate, up):
-    hidden = x.double() @ gate.double().T
-    want = hidden / (1 + (-hidden).exp()) * (x.double() @ up.double().T)
+def error_of_gated(got, x, gate, up, activation="silu"):
+    want = activate(x.double() @ gate.double().T, activation) * (x.double() @ up.double().T)
     return float((got.double() - want).norm() / want.norm())
 
 
@@ -97,9 +104,12 @@ def error_of_gated(got, x, gate, up):
 def test_a_gated_product_agrees_with_float64(dtype, rows, width, size):
     x, weights, _ = draw(rows, (width, width), size, dtype, "cuda", False)
     weights = [weight * size**-0.5 for weight in weights]
-    got = few_rows_gated(x, *weights)
-    assert got.shape == (rows, 1, width) and got.dtype == dtype
-    assert error_of_gated(got, x, *weights) < TOLERANCE[dtype]
+    for activation in ACTIVATIONS[: 1 if width > 9728 else None]:
+        got = few_rows_gated(x, *weights, activation)
+        assert got.shape == (rows, 1, width) and got.dtype == dtype
+        assert error_of_gated(got, x, *weights, activation) < TOLERANCE[dtype]
+    both = torch.cat(weights)
+    assert torch.equal(few_rows_gated(x, *both.chunk(2), activation), got)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 32, 64])
@@ -128,7 +138,7 @@ def test_tiles_are_of_the_kind_of_layer():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2", "phi3"])
 def test_gated_units_take_the_kernel_and_are_given_back(name, monkeypatch):
     model = build(name, torch.bfloat16).cuda()
     units = GatedUnits(model.modules())
@@ -153,8 +163,8 @@ def test_gated_units_take_the_kernel_and_are_given_back(name, monkeypatch):
 
 def test_units_that_compute_something_else_are_left_alone(monkeypatch):
     monkeypatch.setattr(gated_module, "find_obstacle", lambda layer: None)
-    # Gemma's is a gelu, GPT-2's has no gate.
-    for name, served in (("llama", True), ("gemma2", False), ("gpt2", False)):
+    # GPT-2's has no gate.
+    for name, served in (("llama", True), ("gemma2", True), ("phi3", True), ("gpt2", False)):
         model = build(name)
         count = model.config.num_hidden_layers if served else 0
         assert len(GatedUnits(model.modules()).units) == count, name
@@ -185,19 +195,60 @@ class Unit(nn.Module):
         return self.down_proj(self.act_fn(gate) * self.up_proj(x))
 
 
+class Joined(nn.Module):
+    """A unit whose gate and up share a weight, the gate first or last."""
+
+    def __init__(self, activation, gate_first=True):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(64, 256, bias=False, dtype=torch.bfloat16)
+        self.down_proj = nn.Linear(128, 64, bias=False, dtype=torch.bfloat16)
+        self.act_fn, self.gate_first = activation, gate_first
+
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        if not self.gate_first:
+            gate, up = up, gate
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
 @pytest.mark.parametrize(
-    ("unit", "served"),
+    ("unit", "style"),
     [
-        (Unit(nn.SiLU()), True),
-        (Unit(nn.GELU()), False),
-        (Unit(nn.functional.relu), False),
-        (Unit(nn.SiLU(), bound=20.0), False),
+        (Unit(nn.SiLU()), ("silu", False)),
+        (Unit(nn.GELU()), ("gelu", False)),
+        (Unit(nn.GELU(approximate="tanh")), ("gelu_tanh", False)),
+        (Unit(lambda x: nn.functional.gelu(x.float()).to(x.dtype)), ("gelu", False)),
+        (Unit(quick_gelu), None),
+        (Unit(nn.functional.relu), None),
+        (Unit(nn.SiLU(), bound=20.0), None),
+        (Joined(nn.SiLU()), ("silu", True)),
+        (Joined(nn.GELU()), ("gelu", True)),
+        (Joined(nn.SiLU(), gate_first=False), None),
     ],
-    ids=["silu", "gelu", "relu", "a bound"],
 )
-def test_rounding_does_not_pass_one_unit_for_another(unit, served, monkeypatch):
+def test_rounding_does_not_pass_one_unit_for_another(unit, style, monkeypatch):
     monkeypatch.setattr(gated_module, "find_obstacle", lambda layer: None)
-    assert len(GatedUnits([unit]).units) == served
+    assert find_style(unit) == style
+    assert len(GatedUnits([unit]).units) == (style is not None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kind", [Unit, Joined])
+def test_units_of_either_form_give_the_same_without_the_kernel(activation, kind, monkeypatch):
+    monkeypatch.setattr(gated_module, "find_obstacle", lambda layer: None)
+    unit = kind(lambda x: activate(x, activation)).float()
+    units = GatedUnits([unit])
+    x = torch.randn(MOST_ROWS + 1, 1, unit.down_proj.out_features)
+    want = unit(x)
+    with units.switched():
+        assert type(unit) is not kind
+        assert (unit(x) - want).abs().max() <= 1e-5 * want.abs().max()
+    assert type(unit) is kind
 
 
 class Norm(nn.Module):
@@ -213,9 +264,15 @@ class Norm(nn.Module):
         return (y * (self.more + self.weight.float())).to(x.dtype)
 
 
-@pytest.mark.parametrize("more", [0, 1])
+@torch.no_grad()
+@pytest.mark.parametrize("more", [0, 1, 2])
 def test_rounding_does_not_pass_one_norm_for_another(more):
-    assert len(SmallSteps([Norm(more)]).norms) == (more == 0)
+    steps = SmallSteps([Norm(more)])
+    assert len(steps.norms) == (more < 2)
+    for module, fused in steps.norms:
+        module.float().weight.fill_(0.5)
+        x = torch.randn(3, 64)
+        assert (fused(x) - module(x)).abs().max() < 1e-6
 
 
 @pytest.mark.gpu
@@ -264,8 +321,9 @@ def test_small_steps_in_one_launch_give_the_same(name):
     model = build(name)
     steps = SmallSteps(model.modules())
     layers = model.config.num_hidden_layers
-    # Gemma's add one to their weight, GPT-2's are layer norms.
-    assert len(steps.norms) == {"llama": 2 * layers + 1, "qwen3": 4 * layers + 1}.get(name, 0)
+    # GPT-2's are layer norms.
+    each = {"llama": 2, "qwen3": 4, "gemma2": 4}.get(name)
+    assert len(steps.norms) == (0 if each is None else each * layers + 1)
     assert len(steps.rotaries) == (name != "gpt2")
     file = sys.modules[type(model).__module__]
     before = getattr(file, "apply_rotary_pos_emb", None)
@@ -295,9 +353,9 @@ def test_norms_take_the_sum_before_them_along(monkeypatch):
     ids = torch.tensor([[1, 2, 3, 4]])
     taken = []
 
-    def counted(x, weight, eps, *, added=None):
+    def counted(x, weight, eps, *, more, added=None):
         taken.append(added is not None)
-        return rms_norm(x, weight, eps, added=added)
+        return rms_norm(x, weight, eps, more=more, added=added)
 
     module = sys.modules[SmallSteps.__module__]
     monkeypatch.setattr(module, "rms_norm", counted)
@@ -414,10 +472,12 @@ def error_of_norm(dtype, device):
         x = (30 * torch.randn(shape)).to(dtype).to(device)
         weight = torch.randn(shape[-1]).to(dtype).to(device)
         exact = x.double()
-        exact = exact / (exact.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
-        got = rms_norm(x, weight, 1e-5)
-        assert got.dtype == dtype
-        worst = max(worst, float((got.double() - exact).norm() / exact.norm()))
+        exact = exact / (exact.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        for more in (0.0, 1.0):
+            got = rms_norm(x, weight, 1e-5, more=more)
+            want = exact * (weight.double() + more)
+            assert got.dtype == dtype
+            worst = max(worst, float((got.double() - want).norm() / want.norm()))
         added = Sum(x / 3, x - x / 3, torch.empty_like(x))
         got = rms_norm(added.out, weight, 1e-5, added=added)
         assert torch.equal(added.out, added.first + added.second)
@@ -434,10 +494,11 @@ def error_of_gated_product(dtype, device):
     worst = 0.0
     for rows, size in ((1, 24), (65, 200), (3, 2100)):
         gate, up = torch.randn(rows, 1, 2 * size).to(dtype).to(device).chunk(2, -1)
-        want = gate.double() / (1 + (-gate.double()).exp()) * up.double()
-        got = gated_product(gate, up)
-        assert got.shape == (rows, 1, size) and got.dtype == dtype
-        worst = max(worst, float((got.double() - want).norm() / want.norm()))
+        for activation in ACTIVATIONS:
+            want = activate(gate.double(), activation) * up.double()
+            got = gated_product(gate, up, activation)
+            assert got.shape == (rows, 1, size) and got.dtype == dtype
+            worst = max(worst, float((got.double() - want).norm() / want.norm()))
     return worst
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -53,11 +54,14 @@ def test_few_rows_fit(
     biases = [torch.empty(width, dtype=bf16) for width in widths if rows == 16]
     x = torch.empty(rows, 1, size, dtype=bf16)
     if name.startswith("gated"):
-        linear.few_rows_gated(x, *weights)
+        activations = linear.ACTIVATIONS if arch == "sm_90" else linear.ACTIVATIONS[:1]
+        launches = [partial(linear.few_rows_gated, x, *weights, name) for name in activations]
     else:
-        linear.few_rows_linear(x, weights, biases)
-    assert launched.options["STAGES"] >= 3
-    check(arch, kernel, launched, tmp_path)
+        launches = [partial(linear.few_rows_linear, x, weights, biases)]
+    for launch in launches:
+        launch()
+        assert launched.options["STAGES"] >= 3
+        check(arch, kernel, launched, tmp_path)
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_80", "gfx942"])
@@ -75,8 +79,9 @@ def test_small_steps_fit(arch: str, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     check(arch, kernel, launched, tmp_path)
     kernel, launched = small.gated_product_kernel, Kernel()
     monkeypatch.setattr(small, "gated_product_kernel", launched)
-    small.gated_product(x, x)
-    check(arch, kernel, launched, tmp_path)
+    for activation in linear.ACTIVATIONS:
+        small.gated_product(x, x, activation)
+        check(arch, kernel, launched, tmp_path)
     kernel, launched = small.rotary_kernel, Kernel()
     monkeypatch.setattr(small, "rotary_kernel", launched)
     q, k = (torch.empty(3, heads, 1, 128, dtype=x.dtype) for heads in (64, 8))

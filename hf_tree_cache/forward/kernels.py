@@ -31,7 +31,7 @@ def few_rows_kernel(
     TILE_K: tl.constexpr,
     STAGES: tl.constexpr,
     BIAS: tl.constexpr,
-    GATED: tl.constexpr,  # silu(first) * second, [rows, N_0]; of one size, without biases
+    ACTIVATION: tl.constexpr,  # of the first, times the second, [rows, N_0]; None for neither
     PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
     AHEAD: tl.constexpr,  # columns of the weight, asked for before the wait
@@ -64,35 +64,48 @@ def few_rows_kernel(
     if OVERLAP:
         if AHEAD <= K:
             _ask(p_w + o_w, AHEAD)
-            if GATED:
+            if ACTIVATION is not None:
                 _ask(p_w_1 + o_w, AHEAD)
         gdc_wait()
         gdc_launch_dependents()
     for k in tl.range(0, K, TILE_K, num_stages=STAGES):
         if K % TILE_K == 0:
             b_w = tl.load(p_ws, eviction_policy="evict_first")  # [TILE_N, TILE_K]
-            if GATED:
+            if ACTIVATION is not None:
                 b_u = tl.load(p_us, eviction_policy="evict_first")
             b_x = tl.load(p_xs, mask=m_row, other=0.0)  # [ROWS, TILE_K]
         else:
             m_k = (k + o_k < K)[None, :]
             b_w = tl.load(p_ws, mask=m_k, other=0.0, eviction_policy="evict_first")
-            if GATED:
+            if ACTIVATION is not None:
                 b_u = tl.load(p_us, mask=m_k, other=0.0, eviction_policy="evict_first")
             b_x = tl.load(p_xs, mask=m_row & m_k, other=0.0)
         b_y = tl.dot(b_x, tl.trans(b_w), b_y, input_precision=PRECISION)
-        if GATED:
+        if ACTIVATION is not None:
             b_up = tl.dot(b_x, tl.trans(b_u), b_up, input_precision=PRECISION)
         p_ws += TILE_K
         p_us += TILE_K
         p_xs += TILE_K
-    if GATED:
-        b_y = b_y * tl.sigmoid(b_y) * b_up
+    if ACTIVATION is not None:
+        b_y = activate(b_y, ACTIVATION) * b_up
     m_n = o_n < n
     if BIAS:
         b_y += tl.load(p_b + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
     p_ys = p_y + o_row[:, None] * (n_0 + n_1 + n_2) + start + o_n[None, :]
     tl.store(p_ys, b_y.to(p_y.dtype.element_ty), mask=m_row & m_n[None, :])
+
+
+@triton.jit
+def activate(b_x, ACTIVATION: tl.constexpr):
+    """silu, gelu, or gelu by its formula with tanh (Hendrycks and Gimpel, arXiv:1606.08415)."""
+    if ACTIVATION == "gelu":
+        b_share = 0.5 + 0.5 * tl.math.erf(b_x * 0.7071067811865476)
+    elif ACTIVATION == "gelu_tanh":
+        # (1 + tanh(z)) / 2 is the logistic function of 2 z.
+        b_share = tl.sigmoid(1.5957691216057308 * (b_x + 0.044715 * b_x * b_x * b_x))
+    else:
+        b_share = tl.sigmoid(b_x)
+    return b_x * b_share
 
 
 @triton.jit
@@ -119,6 +132,7 @@ def rms_norm_kernel(
     PADDED: tl.constexpr,
     HEADS: tl.constexpr,
     ADD: tl.constexpr,
+    MORE: tl.constexpr,  # than the weight
     OVERLAP: tl.constexpr,
 ):
     """A program a row, in float32."""
@@ -137,7 +151,7 @@ def rms_norm_kernel(
         b_sum = b_x.to(p_sum.dtype.element_ty)
         tl.store(p_sum + p_row, b_sum, mask=m_n)
         b_x = b_sum.to(tl.float32)
-    b_weight = tl.load(p_weight + o_n, mask=m_n, other=0.0).to(tl.float32)
+    b_weight = tl.load(p_weight + o_n, mask=m_n, other=0.0).to(tl.float32) + MORE
     scale = tl.math.rsqrt(tl.sum(b_x * b_x, 0) / SIZE + eps)
     tl.store(p_y + p_row, (b_x * scale * b_weight).to(p_y.dtype.element_ty), mask=m_n)
 
@@ -151,9 +165,10 @@ def gated_product_kernel(
     stride_up,
     SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """silu(gate) * up; a program a row and tile."""
+    """activation(gate) * up; a program a row and tile."""
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
@@ -162,7 +177,7 @@ def gated_product_kernel(
     m_n = o_n < SIZE
     b_gate = tl.load(p_gate + i_row * stride_gate + o_n, mask=m_n, other=0.0).to(tl.float32)
     b_up = tl.load(p_up + i_row * stride_up + o_n, mask=m_n, other=0.0).to(tl.float32)
-    b_y = b_gate * tl.sigmoid(b_gate) * b_up
+    b_y = activate(b_gate, ACTIVATION) * b_up
     tl.store(p_y + i_row * SIZE + o_n, b_y.to(p_y.dtype.element_ty), mask=m_n)
 
 

@@ -18,6 +18,9 @@ MOST_ROWS = 64
 
 MOST_WEIGHTS = 3
 
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+"""Of gated units; the second is the third by its formula with tanh."""
+
 MOST_SHARED = 200 << 10
 """Bytes of a program; small GPUs have less."""
 
@@ -106,18 +109,21 @@ def few_rows_linear(
 
 
 @torch.library.custom_op("hf_tree_cache::few_rows_gated", mutates_args=())
-def few_rows_gated(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """``silu(x gate^T) * (x up^T)``, rounded once.
+def few_rows_gated(
+    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str = "silu"
+) -> torch.Tensor:
+    """``activation(x gate^T) * (x up^T)``, rounded once.
 
     Args:
         x: ``[..., K]``, of at most :data:`MOST_ROWS` rows.
         gate, up: ``[N, K]`` contiguous, bfloat16 or float16.
+        activation: one of :data:`ACTIVATIONS`.
 
     Returns:
         ``[..., N]``.
     """
     y = x.new_empty(*x.shape[:-1], len(gate))
-    _launch(x, y, [gate, up], [], gated=True)
+    _launch(x, y, [gate, up], [], activation=activation)
     return y
 
 
@@ -127,8 +133,9 @@ def _launch(
     weights: list[torch.Tensor],
     biases: list[torch.Tensor],
     *,
-    gated: bool = False,
+    activation: str | None = None,
 ) -> None:
+    gated = activation is not None
     size = weights[0].shape[1]
     rows = x.reshape(-1, size)
     widths = [len(weight) for weight in weights]
@@ -155,7 +162,7 @@ def _launch(
             TILE_K=tile.k,
             STAGES=tile.stages,
             BIAS=bool(biases),
-            GATED=gated,
+            ACTIVATION=activation,
             PRECISION="ieee",
             OVERLAP=overlap,
             AHEAD=AHEAD,
@@ -231,5 +238,7 @@ def _(
 
 
 @few_rows_gated.register_fake
-def _(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def _(
+    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str = "silu"
+) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], len(gate))

@@ -38,9 +38,14 @@ class Sum:
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, *, added: Sum | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    more: float = 0.0,
+    added: Sum | None = None,
 ) -> torch.Tensor:
-    """Of the last dimension of ``x``, times ``weight [N]``; computed in float32, rounded once.
+    """Of the last dimension of ``x``, times ``weight [N] + more``; in float32, rounded once.
 
     Args:
         added: the sum that ``x`` stands for, if it has not been written; this does.
@@ -48,6 +53,10 @@ def rms_norm(
     if not _serves(x) or x.dtype != weight.dtype or len(weight) > MOST_SIZE:
         if added is not None:
             added.write()
+        if more:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            scale = weight.to(wide) + more
+            return nn.functional.rms_norm(x.to(wide), weight.shape, scale, eps).to(x.dtype)
         return nn.functional.rms_norm(x, weight.shape, weight, eps)
     size = len(weight)
     heads, stride = 1, size
@@ -61,28 +70,39 @@ def rms_norm(
         rms_norm_kernel[(x.numel() // size,)](
             *((x, x) if added is None else (added.first, added.second)), weight, x, y, stride, eps,
             SIZE=size, PADDED=1 << (size - 1).bit_length(), HEADS=heads, ADD=added is not None,
-            OVERLAP=overlap, num_warps=8 if size > 1024 else 4 if size > 256 else 1,
+            MORE=more, OVERLAP=overlap, num_warps=8 if size > 1024 else 4 if size > 256 else 1,
             **launch_options(overlap),
         )  # fmt: skip
     return y
 
 
-def gated_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) * up``, rounded once; ``[rows, 1, N]`` each."""
+def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
+    """One of :data:`.linear.ACTIVATIONS`, by torch."""
+    if activation == "silu":
+        return nn.functional.silu(x)
+    return nn.functional.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def gated_product(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
+    """``activation(gate) * up``, rounded once; ``[rows, 1, N]`` each.
+
+    Args:
+        activation: one of :data:`.linear.ACTIVATIONS`.
+    """
     same = gate.shape == up.shape and gate.dtype == up.dtype and gate.ndim == 3
     if (
         not same
         or gate.shape[1] != 1
         or not (_serves(gate) and gate.stride(2) == up.stride(2) == 1)
     ):
-        return nn.functional.silu(gate) * up
+        return activate(gate, activation) * up
     rows, _, size = gate.shape
     y = gate.new_empty(gate.shape)
     overlap = can_overlap(gate.device)
     with torch.cuda.device(gate.device) if gate.is_cuda else nullcontext():
         gated_product_kernel[(rows, -(-size // TILE))](
-            gate, up, y, gate.stride(0), up.stride(0), SIZE=size, TILE=TILE, OVERLAP=overlap,
-            num_warps=4, **launch_options(overlap),
+            gate, up, y, gate.stride(0), up.stride(0), SIZE=size, TILE=TILE,
+            ACTIVATION=activation, OVERLAP=overlap, num_warps=4, **launch_options(overlap),
         )  # fmt: skip
     return y
 

@@ -22,6 +22,9 @@ from .pending import Pending
 from .trial import WITHIN, agree, is_untouched, made_up
 
 EPS_NAMES = ("variance_epsilon", "eps")
+MORE = (0.0, 1.0)
+"""What models add to the weight of a norm."""
+
 ROTARY = "apply_rotary_pos_emb"
 TRIAL_ROWS = 2
 
@@ -93,11 +96,6 @@ class SmallSteps:
         if len(inspect.signature(module.forward).parameters) != 1:
             return None
 
-        def fused(hidden_states: torch.Tensor) -> torch.Tensor:
-            weight = module._parameters["weight"]
-            assert weight is not None
-            return rms_norm(hidden_states, weight, eps, added=self._take(hidden_states))
-
         shape = TRIAL_ROWS, len(weight)
         exact = made_up(*shape, like=weight, dtype=torch.float64)
         other = made_up(len(weight), like=weight, dtype=torch.float64)
@@ -105,12 +103,19 @@ class SmallSteps:
         def theirs(x: torch.Tensor) -> object:
             return functional_call(module, {"weight": other}, (x,))
 
-        def ours(x: torch.Tensor) -> torch.Tensor:
-            return rms_norm(x, other, eps)
+        def adds(more: float) -> bool:
+            return agree(theirs, lambda x: rms_norm(x, other, eps, more=more), exact, within=WITHIN)
 
-        same = agree(theirs, ours, exact, within=WITHIN)
-        same = same and agree(module, fused, made_up(*shape, like=weight))
-        return fused if same else None
+        more = next(filter(adds, MORE), None)
+        if more is None:
+            return None
+
+        def fused(hidden_states: torch.Tensor) -> torch.Tensor:
+            weight = module._parameters["weight"]
+            assert weight is not None
+            return rms_norm(hidden_states, weight, eps, more=more, added=self._take(hidden_states))
+
+        return fused if agree(module, fused, made_up(*shape, like=weight)) else None
 
     def _fuse_rotary(self, file: ModuleType, device: torch.device) -> Callable[..., object] | None:
         """One launch that does what the file's rotary embedding does; None if there is none."""
