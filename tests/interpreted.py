@@ -17,7 +17,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import pytest
 import torch
+import triton
+import triton.language as tl
 from interpreter import quicken
 from kernel_calls import Call, Family, append, call_over, grow, make_call
 from models import build
@@ -27,6 +30,7 @@ from test_expert_units import draw as draw_experts
 from test_expert_units import error_of as error_of_experts
 from test_forward import (
     CASES,
+    FORMS,
     TOLERANCE,
     draw,
     error_of,
@@ -34,6 +38,7 @@ from test_forward import (
     error_of_gated_product,
     error_of_norm,
     error_of_rotary,
+    turns_found,
 )
 from torch._dynamo.utils import counters
 from trees import SHAPES, ShadowTree
@@ -42,7 +47,9 @@ from hf_tree_cache.attention.dispatch import run_tree_attention
 from hf_tree_cache.attention.plan import Window
 from hf_tree_cache.attention.tiles import Tiles, TileSet
 from hf_tree_cache.forward.experts import few_rows_experts
+from hf_tree_cache.forward.kernels import activate as activate_in_kernel
 from hf_tree_cache.forward.linear import ACTIVATIONS, MOST_ROWS, few_rows_gated, few_rows_linear
+from hf_tree_cache.forward.small import activate
 from hf_tree_cache.integration.linears import DecodeLinears
 
 WINDOWS = [None, None, Window("sliding", 7), Window("chunked", 8), Window("sliding", 100)]
@@ -197,9 +204,28 @@ def run_dispatch() -> list[str]:
     return [text for text in wrong if text is not None]
 
 
+@triton.jit
+def activation_kernel(p_x, p_y, SIZE: tl.constexpr, ACTIVATION: tl.constexpr):
+    o_n = tl.arange(0, SIZE)
+    tl.store(p_y + o_n, activate_in_kernel(tl.load(p_x + o_n), ACTIVATION))
+
+
+def run_activations() -> list[str]:
+    """In float32, where gelu and its formula with tanh are far apart."""
+    wrong = []
+    x = torch.linspace(-9, 9, 512)
+    for activation in ACTIVATIONS:
+        y = torch.empty_like(x)
+        activation_kernel[(1,)](x, y, SIZE=len(x), ACTIVATION=activation)
+        error = float((y - activate(x, activation)).abs().max())
+        if not error < 2e-6:
+            wrong.append(f"{activation} is off by {error:.1e}")
+    return wrong
+
+
 def run_forward() -> list[str]:
     """Few rows through linear layers, experts, norms and rotary embeddings."""
-    wrong = []
+    wrong = run_activations()
     for rows, widths, size in CASES:
         for bias in (False, True):
             inputs = draw(rows, widths, size, torch.float16, "cpu", bias)
@@ -225,6 +251,11 @@ def run_forward() -> list[str]:
     for error in (error_of_norm, error_of_rotary, error_of_gated_product):
         if not error(torch.float16, "cpu") < FP16_FACTOR * TOLERANCE[torch.float16]:
             wrong.append(f"{error.__name__}: {error(torch.float16, 'cpu'):.1e}")
+    with pytest.MonkeyPatch.context() as patch:
+        turns = turns_found(build("llama", torch.bfloat16), patch)
+    expected = {name: [turn] for name, (_, turn) in FORMS.items()}
+    if turns != {**expected, "no": []}:
+        wrong.append(f"rotary embeddings are taken for {turns}")
     return wrong
 
 

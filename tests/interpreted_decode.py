@@ -33,7 +33,7 @@ from hf_tree_cache import (
     enable_tree_attention,
     tree_generate,
 )
-from hf_tree_cache.forward.small import Rotation
+from hf_tree_cache.forward.rotary import Rotation
 
 
 def main() -> None:

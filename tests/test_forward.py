@@ -24,14 +24,8 @@ from hf_tree_cache.forward.linear import (
     few_rows_linear,
     find_obstacle,
 )
-from hf_tree_cache.forward.small import (
-    Rotation,
-    Sum,
-    activate,
-    gated_product,
-    make_rotary,
-    rms_norm,
-)
+from hf_tree_cache.forward.rotary import HALVES, Rotation, Turn, make_rotary
+from hf_tree_cache.forward.small import Sum, activate, gated_product, rms_norm
 from hf_tree_cache.integration import gated as gated_module
 from hf_tree_cache.integration import linears as linears_module
 from hf_tree_cache.integration.gated import GatedUnits, find_style
@@ -429,7 +423,7 @@ def test_a_rotation_waits_for_the_next_operator_or_for_whoever_takes_it():
 
 def test_a_sum_is_written_where_the_kernel_does_not_serve_its_norm(monkeypatch):
     module = sys.modules[rms_norm.__module__]
-    monkeypatch.setattr(module, "_serves", lambda x: True)
+    monkeypatch.setattr(module, "serves", lambda x: True)
     monkeypatch.setattr(module, "MOST_SIZE", 4)
     first, second, weight = torch.randn(3, 3, 1, 8, dtype=torch.bfloat16)
     added = Sum(first, second, torch.full_like(first, torch.nan))
@@ -457,11 +451,46 @@ def halves(q, k, cos, sin, unsqueeze_dim=1):
 
 
 def interleaved(q, k, cos, sin):
+    """As Cohere's."""
+
     def turned(x):
         return torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
 
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return q * cos + turned(q) * sin, k * cos + turned(k) * sin
+
+
+def interleaved_by_first(q, k, cos, sin):
+    """As GLM's: what has no angles stays as it is."""
+    cos, sin = (x[..., : x.shape[-1] // 2].repeat_interleave(2, -1) for x in (cos, sin))
+    size = cos.shape[-1]
+    rotated = interleaved(q[..., :size], k[..., :size], cos, sin)
+    rest = q[..., size:], k[..., size:]
+    return tuple(torch.cat(parts, -1) for parts in zip(rotated, rest, strict=True))
+
+
+def halves_by_pair(q, k, cos, sin):
+    """As gpt-oss's."""
+    return halves(q, k, *(torch.cat([x, x], -1) for x in (cos, sin)))
+
+
+def widened(q, k, cos, sin):
+    """As Ernie's: angles may be float32, results are as what came in."""
+    rotated = interleaved_by_first(q.float(), k.float(), cos.float(), sin.float())
+    return tuple(x.to(q.dtype) for x in rotated)
+
+
+def unusual(q, k, cos, sin):
+    return halves(q, k, sin, cos)
+
+
+FORMS = {
+    "halves": (halves, HALVES),
+    "interleaved": (interleaved, Turn(True, "own")),
+    "by first": (interleaved_by_first, Turn(True, "first", partial=True)),
+    "by pair": (halves_by_pair, Turn(False, "pair")),
+    "widened": (widened, Turn(True, "first", partial=True, wide=True)),
+}
 
 
 def error_of_norm(dtype, device):
@@ -529,20 +558,25 @@ def error_of_rotary(dtype, device):
         raise AssertionError("the kernel serves this")
 
     worst = 0.0
-    for rows, num_q_heads, num_kv_heads, size in ((1, 4, 4, 64), (3, 7, 1, 80), (5, 2, 2, 6)):
+    for rows, num_q_heads, num_kv_heads, size in ((1, 4, 4, 64), (3, 7, 1, 80), (5, 2, 2, 12)):
         # As views of one product for all heads have them.
         joined = torch.randn(rows, 1, (num_q_heads + num_kv_heads) * size).to(dtype).to(device)
         q, k = (
             joined.unflatten(-1, (-1, size)).transpose(1, 2).split([num_q_heads, num_kv_heads], 1)
         )
-        cos, sin = torch.randn(2, rows, 1, size).to(dtype).to(device)
-        got = make_rotary(refused)(q, k, cos, sin)
-        again = make_rotary(refused, store)(q, k, cos, sin)
-        assert all(torch.equal(one, other) for one, other in zip(got, again, strict=True))
-        want = halves(*(x.double() for x in (q, k, cos, sin)))
-        for one, other in zip(got, want, strict=True):
-            assert one.shape == other.shape and one.dtype == dtype
-            worst = max(worst, float((one.double() - other).norm() / other.norm()))
+        for form, turn in FORMS.values():
+            whole = size // 2 if turn.angles == "pair" else size
+            for num_angles in [whole, whole // 2] if turn.partial else [whole]:
+                angles = torch.randn(2, rows, 1, num_angles).to(device)
+                cos, sin = angles if turn.wide else angles.to(dtype)
+                got = make_rotary(refused, turn=turn)(q, k, cos, sin)
+                again = make_rotary(refused, store, turn)(q, k, cos, sin)
+                assert all(torch.equal(one, other) for one, other in zip(got, again, strict=True))
+                exact = (x.double() for x in (q, k, cos, sin))
+                want = (interleaved_by_first if form is widened else form)(*exact)
+                for one, other in zip(got, want, strict=True):
+                    assert one.shape == other.shape and one.dtype == dtype
+                    worst = max(worst, float((one.double() - other).norm() / other.norm()))
     return worst
 
 
@@ -553,13 +587,41 @@ def test_small_steps_agree_with_float64(dtype, error):
     assert error(dtype, "cuda") < TOLERANCE[dtype]
 
 
-@pytest.mark.gpu
-def test_other_ways_to_rotate_are_left_alone(monkeypatch):
-    model = build("llama", torch.bfloat16).cuda()
+def turns_found(model, monkeypatch):
+    """How each form above is recognised in the modelling file of ``model``."""
+    found = {}
     file = sys.modules[type(model).__module__]
+    steps = sys.modules[SmallSteps.__module__]
+    make = steps.make_rotary
+    for name, form in [*((name, form) for name, (form, _) in FORMS.items()), ("no", unusual)]:
+        monkeypatch.setattr(file, "apply_rotary_pos_emb", form)
+        turns = []
+
+        def noted(theirs, launch=None, turn=HALVES, turns=turns):
+            if launch is not None:
+                turns.append(turn)
+            return make(theirs, turn=turn)
+
+        monkeypatch.setattr(steps, "make_rotary", noted)
+        assert len(SmallSteps(model.modules()).rotaries) == len(turns)
+        found[name] = turns
+    return found
+
+
+@pytest.mark.gpu
+def test_ways_to_rotate_are_told_apart(monkeypatch):
+    model = build("llama", torch.bfloat16).cuda()
     assert len(SmallSteps(model.modules()).rotaries) == 1
-    monkeypatch.setattr(file, "apply_rotary_pos_emb", interleaved)
-    assert len(SmallSteps(model.modules()).rotaries) == 0
+    expected = {name: [turn] for name, (_, turn) in FORMS.items()}
+    assert turns_found(model, monkeypatch) == {**expected, "no": []}
+
+
+def test_angles_that_do_not_fit_are_left_to_the_model():
+    assert HALVES.serves(64, 64) and not HALVES.serves(64, 32)
+    assert Turn(True, "first", partial=True).serves(64, 32)
+    assert not Turn(True, "first", partial=True).serves(64, 128)
+    assert Turn(False, "pair").serves(64, 32) and not Turn(False, "pair").serves(64, 64)
+    assert not Turn(True, "first", partial=True).serves(64, 33)
 
 
 def test_the_operator_is_known_to_the_compiler():

@@ -14,7 +14,7 @@ from test_kernel_compiles import OVERLAPPING
 from test_sampling_compiles import Kernel, check
 
 from hf_tree_cache.attention.tiles import LIMITS
-from hf_tree_cache.forward import linear, small
+from hf_tree_cache.forward import linear, rotary, small
 from hf_tree_cache.memory.scatter import Slots
 
 NVIDIA = [arch for arch in LIMITS if arch.startswith("sm_")]
@@ -66,7 +66,7 @@ def test_few_rows_fit(
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_80", "gfx942"])
 def test_small_steps_fit(arch: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(small, "_serves", lambda x: True)
+    monkeypatch.setattr(small, "serves", lambda x: True)
     monkeypatch.setattr(small, "can_overlap", lambda device: arch in OVERLAPPING)
     kernel, launched = small.rms_norm_kernel, Kernel()
     monkeypatch.setattr(small, "rms_norm_kernel", launched)
@@ -82,16 +82,30 @@ def test_small_steps_fit(arch: str, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     for activation in linear.ACTIVATIONS:
         small.gated_product(x, x, activation)
         check(arch, kernel, launched, tmp_path)
-    kernel, launched = small.rotary_kernel, Kernel()
-    monkeypatch.setattr(small, "rotary_kernel", launched)
-    q, k = (torch.empty(3, heads, 1, 128, dtype=x.dtype) for heads in (64, 8))
-    cos, sin = torch.empty(2, 3, 1, 128, dtype=x.dtype)
-    small.make_rotary(lambda *args: pytest.fail("not served"))(q, k, cos, sin)
-    check(arch, kernel, launched, tmp_path)
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_80", "gfx942"])
+def test_rotary_fits(arch: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(rotary, "serves", lambda x: True)
+    monkeypatch.setattr(rotary, "can_overlap", lambda device: arch in OVERLAPPING)
+    kernel, launched = rotary.rotary_kernel, Kernel()
+    monkeypatch.setattr(rotary, "rotary_kernel", launched)
+    bf16 = torch.bfloat16
+    q, k = (torch.empty(3, heads, 1, 128, dtype=bf16) for heads in (64, 8))
     ints = torch.empty(4, 3, dtype=torch.int32)
-    slots = Slots(*torch.empty(2, 9, 16, 8, 128, dtype=x.dtype), *ints, 16)
-    small.make_rotary(
-        lambda *args: pytest.fail("not served"), lambda rotation: rotation.write(k, slots)
-    )(q, k, cos, sin)
-    assert launched.options["STORE"]
-    check(arch, kernel, launched, tmp_path)
+    slots = Slots(*torch.empty(2, 9, 16, 8, 128, dtype=bf16), *ints, 16)
+
+    def refused(*args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        pytest.fail("not served")
+
+    for turn, num_angles in (
+        (rotary.HALVES, 128),
+        (rotary.Turn(False, "pair"), 64),
+        (rotary.Turn(True, "first", partial=True), 64),
+    ):
+        cos, sin = torch.empty(2, 3, 1, num_angles, dtype=bf16)
+        rotary.make_rotary(refused, turn=turn)(q, k, cos, sin)
+        check(arch, kernel, launched, tmp_path)
+        rotary.make_rotary(refused, lambda rotation: rotation.write(k, slots), turn)(q, k, cos, sin)
+        assert launched.options["STORE"]
+        check(arch, kernel, launched, tmp_path)

@@ -185,7 +185,7 @@ def gated_product_kernel(
 def rotary_kernel(
     p_q,  # [rows, Hq, D], any strides but 1 for the last
     p_k,  # [rows, Hkv, D]
-    p_cos,  # [rows, D]
+    p_cos,  # [rows, ANGLES]
     p_sin,
     p_q_out,  # [rows, Hq, D]
     p_k_out,
@@ -208,46 +208,62 @@ def rotary_kernel(
     DV: tl.constexpr,
     HEADS: tl.constexpr,  # the larger number of heads, padded
     HKVP: tl.constexpr,  # padded
-    HALF: tl.constexpr,  # D // 2, padded
     DVP: tl.constexpr,
+    PAIRS: tl.constexpr,  # of numbers of a head that are rotated against each other
+    PAIRSP: tl.constexpr,  # padded
+    STEP: tl.constexpr,  # from the first number of a pair to that of the next
+    GAP: tl.constexpr,  # from the first number of a pair to its second
+    ANGLES: tl.constexpr,
+    ANGLE_STEP: tl.constexpr,
+    ANGLE_GAP: tl.constexpr,  # 0 where both have the same
+    RESTP: tl.constexpr,  # D - 2 * PAIRS, numbers that stay as they are, padded; 0 for none
     S: tl.constexpr,
     STORE: tl.constexpr,  # keys, and values as they are
     OVERLAP: tl.constexpr,
 ):
-    """Rotates the halves of each head against each other; a program a row and tensor."""
+    """Rotates pairs of numbers of each head; a program a row and tensor."""
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
     i_row = tl.program_id(0).to(tl.int64)
     is_q = tl.program_id(1) == 0
     o_h = tl.arange(0, HEADS)[:, None]
-    o_d = tl.arange(0, HALF)[None, :]
+    o_pair = tl.arange(0, PAIRSP)[None, :]
+    o_d = o_pair * STEP
     num_heads = tl.where(is_q, HQ, HKV)
-    m_d = o_d < D // 2
+    m_d = o_pair < PAIRS
     m_x = (o_h < num_heads) & m_d
-    p_x = tl.where(is_q, p_q + i_row * stride_qb, p_k + i_row * stride_kb)
-    p_x = p_x + o_h * tl.where(is_q, stride_qh, stride_kh) + o_d
-    p_y = tl.where(is_q, p_q_out, p_k_out) + (i_row * num_heads + o_h) * D + o_d
-    p_angle = i_row * D + o_d
-    b_first = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
-    b_second = tl.load(p_x + D // 2, mask=m_x, other=0.0).to(tl.float32)
+    p_head = tl.where(is_q, p_q + i_row * stride_qb, p_k + i_row * stride_kb)
+    p_head = p_head + o_h * tl.where(is_q, stride_qh, stride_kh)
+    p_y = tl.where(is_q, p_q_out, p_k_out) + (i_row * num_heads + o_h) * D
+    p_angle = i_row * ANGLES + o_pair * ANGLE_STEP
+    b_first = tl.load(p_head + o_d, mask=m_x, other=0.0).to(tl.float32)
+    b_second = tl.load(p_head + o_d + GAP, mask=m_x, other=0.0).to(tl.float32)
     b_cos = tl.load(p_cos + p_angle, mask=m_d, other=0.0).to(tl.float32)
     b_sin = tl.load(p_sin + p_angle, mask=m_d, other=0.0).to(tl.float32)
     b_y = (b_first * b_cos - b_second * b_sin).to(p_q_out.dtype.element_ty)
-    tl.store(p_y, b_y, mask=m_x)
-    b_cos = tl.load(p_cos + p_angle + D // 2, mask=m_d, other=0.0).to(tl.float32)
-    b_sin = tl.load(p_sin + p_angle + D // 2, mask=m_d, other=0.0).to(tl.float32)
+    tl.store(p_y + o_d, b_y, mask=m_x)
+    if ANGLE_GAP:
+        b_cos = tl.load(p_cos + p_angle + ANGLE_GAP, mask=m_d, other=0.0).to(tl.float32)
+        b_sin = tl.load(p_sin + p_angle + ANGLE_GAP, mask=m_d, other=0.0).to(tl.float32)
     b_z = (b_second * b_cos + b_first * b_sin).to(p_q_out.dtype.element_ty)
-    tl.store(p_y + D // 2, b_z, mask=m_x)
+    tl.store(p_y + o_d + GAP, b_z, mask=m_x)
+    if RESTP:
+        o_rest = 2 * PAIRS + tl.arange(0, RESTP)[None, :]
+        m_rest = (o_h < num_heads) & (o_rest < D)
+        b_rest = tl.load(p_head + o_rest, mask=m_rest)
+        tl.store(p_y + o_rest, b_rest, mask=m_rest)
     if STORE:
         num_rows = tl.load(p_num_rows)
         if (tl.program_id(1) == 1) & (i_row < num_rows):
             k_block = tl.load(p_k_blocks + i_row).to(tl.int64)
             v_block = tl.load(p_v_blocks + i_row).to(tl.int64)
             offset = tl.load(p_offsets + i_row)
-            p_keys = p_k_plane + (k_block * S + offset) * (HKV * D) + o_h * D + o_d
-            tl.store(p_keys, b_y, mask=m_x)
-            tl.store(p_keys + D // 2, b_z, mask=m_x)
+            p_keys = p_k_plane + (k_block * S + offset) * (HKV * D) + o_h * D
+            tl.store(p_keys + o_d, b_y, mask=m_x)
+            tl.store(p_keys + o_d + GAP, b_z, mask=m_x)
+            if RESTP:
+                tl.store(p_keys + o_rest, b_rest, mask=m_rest)
             o_v = tl.arange(0, HKVP)[:, None]
             o_dv = tl.arange(0, DVP)[None, :]
             m_v = (o_v < HKV) & (o_dv < DV)

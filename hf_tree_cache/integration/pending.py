@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..forward.small import HALF, Rotation, Sum
+from ..forward.rotary import Rotation
+from ..forward.small import HALF, Sum
 
 
 class Pending(TorchDispatchMode):

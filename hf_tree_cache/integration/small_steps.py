@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from ..forward.small import HALF, Rotation, Sum, make_rotary, rms_norm
+from ..forward.rotary import ANGLES, Rotation, Turn, make_rotary
+from ..forward.small import HALF, Sum, rms_norm
 from .pending import Pending
 from .trial import WITHIN, agree, is_untouched, made_up
 
@@ -26,7 +27,8 @@ MORE = (0.0, 1.0)
 """What models add to the weight of a norm."""
 
 ROTARY = "apply_rotary_pos_emb"
-TRIAL_ROWS = 2
+TURNS = [Turn(interleaved, angles) for interleaved in (False, True) for angles in ANGLES]
+TRIAL_ROWS, TRIAL_SIZE = 2, 64
 
 
 class SmallSteps:
@@ -122,9 +124,24 @@ class SmallSteps:
         theirs = getattr(file, ROTARY, None)
         if theirs is None:
             return None
-        fused = make_rotary(theirs, self._rotate)
-        size = 64
         like = torch.empty(0, dtype=HALF[0], device=device)
-        q, k = (made_up(TRIAL_ROWS, heads, 1, size, like=like) for heads in (2, 1))
-        cos, sin = made_up(2, TRIAL_ROWS, 1, size, like=like)
-        return fused if agree(theirs, fused, q, k, cos, sin) else None
+        q, k = (made_up(TRIAL_ROWS, heads, 1, TRIAL_SIZE, like=like) for heads in (2, 1))
+
+        def narrow(*trial: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            rotated = theirs(*trial)
+            if rotated[0].dtype != q.dtype:
+                raise TypeError("it widens")  # no need to compile ours for that
+            return rotated
+
+        def turns(turn: Turn, num_angles: int, dtype: torch.dtype = HALF[0]) -> bool:
+            cos, sin = made_up(2, TRIAL_ROWS, 1, num_angles, like=like, dtype=dtype)
+            return agree(narrow, make_rotary(theirs, turn=turn), q, k, cos, sin)
+
+        for turn in TURNS:
+            num_angles = TRIAL_SIZE // 2 if turn.angles == "pair" else TRIAL_SIZE
+            if turns(turn, num_angles):
+                partial = turns(turn._replace(partial=True), num_angles // 2)
+                wide = turns(turn._replace(wide=True), num_angles, torch.float32)
+                turn = turn._replace(partial=partial, wide=wide)
+                return make_rotary(theirs, self._rotate, turn)
+        return None

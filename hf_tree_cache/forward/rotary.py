@@ -1,0 +1,128 @@
+"""Rotary embedding: one launch where served, which may also store keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+
+from ..memory.scatter import Slots
+from ..overlap import can_overlap, launch_options
+from .kernels import rotary_kernel
+from .small import serves
+
+Rotary = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+Angles = Literal["own", "first", "pair"]
+ANGLES: tuple[Angles, ...] = get_args(Angles)
+
+
+class Turn(NamedTuple):
+    """How a model rotates: numbers of a head in pairs, by the angles of their position.
+
+    Attributes:
+        interleaved: pairs are neighbours; else the two halves of what is rotated.
+        angles: "own", each number has one; "first", a pair has one, among the first half of them;
+            "pair", there is one for each pair.
+        partial: numbers beyond those that have angles stay as they are.
+        wide: angles may be float32.
+    """
+
+    interleaved: bool = False
+    angles: Angles = "own"
+    partial: bool = False
+    wide: bool = False
+
+    def rotated(self, num_angles: int) -> int:
+        """Numbers of a head that are rotated."""
+        return num_angles * 2 if self.angles == "pair" else num_angles
+
+    def serves(self, head_dim: int, num_angles: int) -> bool:
+        """Whether that many angles may come with heads of that many numbers."""
+        rotated = self.rotated(num_angles)
+        return rotated % 2 == 0 and (rotated == head_dim or (self.partial and rotated < head_dim))
+
+
+HALVES = Turn()
+"""Most models."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """Queries and keys that have still to be rotated, ``[B, H, 1, D]``, last stride 1.
+
+    Attributes:
+        cos, sin: ``[B, 1, angles]`` contiguous.
+        q_out, k_out: where to, contiguous.
+        turn: how.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    q_out: torch.Tensor
+    k_out: torch.Tensor
+    turn: Turn = HALVES
+
+    def write(self, values: torch.Tensor | None = None, slots: Slots | None = None) -> None:
+        """Rotate; with ``values [B, Hkv, 1, Dv]``, also store these and the keys in ``slots``."""
+        q, k = self.q, self.k
+        rows, num_q_heads, _, size = q.shape
+        num_kv_heads = k.shape[1]
+        heads, num_angles = max(num_q_heads, num_kv_heads), self.cos.shape[2]
+        interleaved, angles, _, _ = self.turn
+        pairs = self.turn.rotated(num_angles) // 2
+        step, gap = (2, 1) if interleaved else (1, pairs)
+        v = k if values is None else values
+        v = v if v.stride(3) == 1 else v.contiguous()
+        overlap = can_overlap(q.device)
+        with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+            rotary_kernel[(rows, 2)](
+                q, k, self.cos, self.sin, self.q_out, self.k_out, v,
+                *((k, k, k, k, k, k) if slots is None else slots[:-1]),
+                q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+                HQ=num_q_heads, HKV=num_kv_heads, D=size, DV=v.shape[3],
+                HEADS=1 << (heads - 1).bit_length(), HKVP=1 << (num_kv_heads - 1).bit_length(),
+                DVP=1 << (v.shape[3] - 1).bit_length(), PAIRS=pairs, STEP=step, GAP=gap,
+                PAIRSP=1 << (pairs - 1).bit_length(), ANGLES=num_angles,
+                ANGLE_STEP=step if angles == "own" else 1, ANGLE_GAP=gap if angles == "own" else 0,
+                RESTP=1 << (size - 2 * pairs - 1).bit_length() if 2 * pairs < size else 0,
+                S=1 if slots is None else slots.block_size, STORE=slots is not None,
+                OVERLAP=overlap, num_warps=4, **launch_options(overlap),
+            )  # fmt: skip
+
+
+def make_rotary(
+    theirs: Rotary, launch: Callable[[Rotation], None] = Rotation.write, turn: Turn = HALVES
+) -> Rotary:
+    """``theirs``, with one launch for decode steps.
+
+    Args:
+        theirs: of queries ``[B, Hq, T, D]``, keys ``[B, Hkv, T, D]``, and cosines and sines
+            ``[B, T, angles]``; called wherever the kernel does not serve.
+        launch: now, or before anybody reads the results.
+        turn: what ``theirs`` does.
+    """
+
+    def rotary(
+        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if args or kwargs or not all(serves(x) and x.stride(-1) == 1 for x in (q, k)):
+            return theirs(q, k, cos, sin, *args, **kwargs)
+        rows, _, num_new, size = q.shape
+        angles = (rows, 1, cos.shape[-1])
+        same = num_new == 1 and cos.shape == angles and sin.shape == angles
+        if not same or k.shape[2:] != q.shape[2:] or not turn.serves(size, angles[2]):
+            return theirs(q, k, cos, sin)
+        dtypes = {q.dtype, torch.float32} if turn.wide else {q.dtype}
+        if k.dtype != q.dtype or cos.dtype not in dtypes or sin.dtype != cos.dtype:
+            return theirs(q, k, cos, sin)
+        out = q.new_empty(q.shape), k.new_empty(k.shape)
+        launch(Rotation(q, k, cos.contiguous(), sin.contiguous(), *out, turn))
+        return out
+
+    return rotary
