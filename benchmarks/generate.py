@@ -30,7 +30,7 @@ from capacity import LARGEST, most_branches
 from cards import card_of
 from ceilings import linear_read
 from prompts import PROMPTS, different_prompts, prefill
-from shapes import SHAPES, build, bytes_read, token_bytes, weight_bytes
+from shapes import SHAPES, build, bytes_read, token_bytes, unique_bytes, weight_bytes
 from steps import peak_memory, watched
 from transformers import PreTrainedModel
 from ways import WAYS, Way, Workload, with_tree_generate
@@ -50,6 +50,8 @@ WORKLOADS = {
     "14B": [Workload(2_000, 64, 64)],
     "32B": [Workload(2_000, 64, 64)],
     "30B of experts": [Workload(2_000, 64, 64)],
+    "4B, Gemma": [Workload(2_000, 64, 64)],
+    "9B, GLM": [Workload(2_000, 64, 64)],
     "tiny": [
         Workload(40, 4, 12),
         Workload(70, 3, 12, chunk=32),
@@ -100,7 +102,7 @@ def floor_ms(
     model: PreTrainedModel, work: Workload, tokens: int, bandwidth: float, share_of_experts: float
 ) -> float:
     """What a step in the middle of ``tokens`` must read, over the bandwidth in TB/s."""
-    unique = (work.prompt + work.rows * tokens // 2) * token_bytes(model.config)
+    unique = unique_bytes(model.config, work.prompt, work.rows, tokens // 2)
     return 1e-9 * (bytes_read(model, share_of_experts) + unique) / bandwidth
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GlmConfig,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -92,6 +94,39 @@ def qwen_30b_experts() -> PretrainedConfig:
     )
 
 
+def gemma_4b() -> PretrainedConfig:
+    """Gemma-3-4B: norms by 1 + weight, four of them a layer, a gelu; most layers have a window."""
+    return Gemma3TextConfig(
+        vocab_size=262_208,
+        hidden_size=2_560,
+        intermediate_size=10_240,
+        num_hidden_layers=34,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
+        sliding_window=1_024,
+        max_position_embeddings=LONG,
+        tie_word_embeddings=True,
+    )
+
+
+def glm_9b() -> PretrainedConfig:
+    """GLM-4-9B: gate and up share a weight, neighbours are rotated, and half of a head."""
+    return GlmConfig(
+        vocab_size=151_552,
+        hidden_size=4_096,
+        intermediate_size=13_696,
+        num_hidden_layers=40,
+        num_attention_heads=32,
+        num_key_value_heads=2,
+        head_dim=128,
+        partial_rotary_factor=0.5,
+        attention_bias=True,
+        max_position_embeddings=LONG,
+        tie_word_embeddings=False,
+    )
+
+
 def tiny() -> PretrainedConfig:
     """To try the benchmark itself, anywhere."""
     return LlamaConfig(
@@ -112,6 +147,8 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "14B": qwen_14b,
     "32B": qwen_32b,
     "30B of experts": qwen_30b_experts,
+    "4B, Gemma": gemma_4b,
+    "9B, GLM": glm_9b,
     "tiny": tiny,
 }
 
@@ -140,6 +177,8 @@ def build(name: str, device: str = "cuda") -> PreTrainedModel:
             parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(1)
         if hasattr(config, "num_experts"):
             model.get_input_embeddings().weight.normal_(0, 1)
+        if hasattr(model.get_input_embeddings(), "embed_scale"):
+            model.get_input_embeddings().embed_scale.fill_(config.hidden_size**0.5)
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config=config).to(device)
     model.generation_config.eos_token_id = None
@@ -160,7 +199,21 @@ def bytes_read(model: PreTrainedModel, share_of_experts: float = 1.0) -> int:
 
 def token_bytes(config: PretrainedConfig) -> int:
     """Bytes of K and V of one token, all layers, in bfloat16."""
+    return config.num_hidden_layers * _layer_token_bytes(config)
+
+
+def unique_bytes(config: PretrainedConfig, prompt: int, rows: int, own: int) -> int:
+    """Bytes of K and V that a step must read: of one prompt, and each row's own tokens."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    tokens = 0
+    for kind in kinds:
+        most = config.sliding_window if kind == "sliding_attention" else prompt + own
+        tokens += min(prompt, max(0, most - own)) + rows * min(own, most)
+    return tokens * _layer_token_bytes(config)
+
+
+def _layer_token_bytes(config: PretrainedConfig) -> int:
     head_dim = getattr(config, "head_dim", None) or (
         config.hidden_size // config.num_attention_heads
     )
-    return 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+    return 2 * 2 * config.num_key_value_heads * head_dim

@@ -50,7 +50,9 @@ from hf_tree_cache.forward.experts import few_rows_experts
 from hf_tree_cache.forward.kernels import activate as activate_in_kernel
 from hf_tree_cache.forward.linear import ACTIVATIONS, MOST_ROWS, few_rows_gated, few_rows_linear
 from hf_tree_cache.forward.small import activate
+from hf_tree_cache.integration.gated import GatedUnits
 from hf_tree_cache.integration.linears import DecodeLinears
+from hf_tree_cache.integration.small_steps import SmallSteps
 
 WINDOWS = [None, None, Window("sliding", 7), Window("chunked", 8), Window("sliding", 100)]
 FP16_FACTOR = 4.0
@@ -223,9 +225,29 @@ def run_activations() -> list[str]:
     return wrong
 
 
+def run_coverage() -> list[str]:
+    """Of models whose norms, units or rotary embeddings are of a form of their own."""
+    wrong = []
+    for name, norms, units in (
+        ("gemma3", 6, 1),
+        ("phi3", 2, 1),
+        ("glm", 2, 1),
+        ("cohere2", 0, 1),
+        ("gpt_oss", 2, 0),
+    ):
+        model = build(name, torch.bfloat16)
+        layers = model.config.num_hidden_layers
+        steps, gated = SmallSteps(model.modules()), GatedUnits(model.modules())
+        found = len(steps.norms), len(gated.units), len(steps.rotaries)
+        expected = norms * layers + (norms > 0), units * layers, 1
+        if found != expected:
+            wrong.append(f"{name}: {found} norms, units and rotary embeddings, not {expected}")
+    return wrong
+
+
 def run_forward() -> list[str]:
     """Few rows through linear layers, experts, norms and rotary embeddings."""
-    wrong = run_activations()
+    wrong = run_activations() + run_coverage()
     for rows, widths, size in CASES:
         for bias in (False, True):
             inputs = draw(rows, widths, size, torch.float16, "cpu", bias)

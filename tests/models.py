@@ -97,6 +97,7 @@ TINY: dict[str, Tiny] = {
         "Phi3ForCausalLM",
         _without(THREES, "head_dim", hidden_size=48, sliding_window=9),
     ),
+    "glm": Tiny("GlmConfig", "GlmForCausalLM", {**GROUPED, "partial_rotary_factor": 0.5}),
     "gpt_oss": Tiny(
         "GptOssConfig",
         "GptOssForCausalLM",

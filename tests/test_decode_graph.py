@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import build, prompts
+from models import VOCAB, build, prompts
 from torch import nn
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
@@ -36,6 +36,7 @@ from hf_tree_cache.integration import linears as linears_module
 from hf_tree_cache.integration.fingerprint import find_hook, fingerprint
 from hf_tree_cache.integration.linears import DecodeLinears
 from hf_tree_cache.integration.op_record import OpRecord, first_difference
+from hf_tree_cache.naming import CACHE
 
 
 def record(forward, *args):
@@ -364,6 +365,39 @@ def test_a_batch_that_outgrows_the_kernels_joins_weights_and_gives_them_back():
         assert (first - other).norm() < 0.02 * other.norm()
     assert storages() == 3
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "phi3", "glm", "cohere2", "gpt_oss"])
+@torch.no_grad()
+def test_steps_in_half_precision_are_as_near_to_float32_as_those_of_the_model(name):
+    model, wide = build(name, torch.bfloat16).cuda(), build(name).cuda()
+    wide.load_state_dict(model.state_dict())
+    torch.manual_seed(7)
+    ids = torch.randint(3, VOCAB, (3, 40), device="cuda")
+    first = 28
+
+    def forced(model):
+        """Logits of all steps but those that make graphs, for the same tokens."""
+        cache = TreeCache(poison=True, block_size=4)
+        model(ids[:, :first], **{CACHE: cache})
+        logits = []
+        for i in range(first, ids.shape[1]):
+            positions = torch.full((len(ids), 1), i, device="cuda")
+            step = {"input_ids": ids[:, i : i + 1], "position_ids": positions}
+            logits.append(model(**step, **{CACHE: cache}).logits.float())
+        cache.check_integrity()
+        return torch.stack(logits[-6:])
+
+    with enable_tree_attention(wide, cuda_graphs=False):
+        exact = forced(wide)
+    with enable_tree_attention(model, cuda_graphs=False):
+        theirs = (forced(model) - exact).norm() / exact.norm()
+    with enable_tree_attention(model, cuda_graphs=True) as handle:
+        ours = (forced(model) - exact).norm() / exact.norm()
+        assert handle.graphs.replayed >= 6 and not handle.graphs.eager, handle.graphs
+    print(name, float(ours), float(theirs))
+    assert ours < 1.2 * theirs + 1e-3
 
 
 @pytest.mark.gpu
