@@ -19,6 +19,7 @@ from hf_tree_cache.forward.linear import (
     MOST_ROWS,
     TILES,
     Gpu,
+    Tile,
     choose_tile,
     few_rows_gated,
     few_rows_linear,
@@ -124,6 +125,9 @@ def test_tiles_are_of_the_kind_of_layer():
     gpu = Gpu(132, 200 << 10)
     for width, kind in ((4096, "alone"), (6144, "large"), (28_672, "wide")):
         assert choose_tile(16, width, 4096, gpu) == TILES[kind][0]
+    # Half as many columns a step, but as many bytes on the way.
+    assert choose_tile(16, 4096, 13_696, gpu) == Tile(16, 32, 128, 12)
+    assert choose_tile(16, 28_672, 4096 + 64, gpu) == Tile(16, 128, 64, 10)
     # 32 rows cost as much as 64 where products have 64.
     assert choose_tile(17, 4096, 4096, gpu).rows == 64
     assert choose_tile(17, 4096, 4096, gpu._replace(multiplies_64=False)).rows == 32

@@ -24,6 +24,7 @@ SHAPES = {
     "gate and up of a 0.5B model": (64, (4864, 4864), 896),
     "a head": (64, (128_256,), 4096),
     "down of an 8B model": (32, (4096,), 14_336),
+    "down of a 9B model of GLM": (16, (4096,), 13_696),
     "gated, of an 8B model": (33, (14_336, 14_336), 4096),
 }
 

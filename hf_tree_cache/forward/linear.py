@@ -206,7 +206,8 @@ def choose_tile(rows: int, width: int, size: int, gpu: Gpu, *, gated: bool = Fal
 def fit(tile: Tile, size: int, shared: int, *, weights: int = 1) -> Tile:
     """``tile``, or less of it, for ``size`` inputs of so many weights in so many bytes."""
     while tile.k > 64 and size % tile.k:
-        tile = tile._replace(k=tile.k // 2)
+        # As many bytes on the way as before, and no more programs to a multiprocessor.
+        tile = tile._replace(k=tile.k // 2, stages=tile.stages * 2)
     while tile.shared_bytes(weights) > shared:
         if tile.stages > FEW_STAGES:
             tile = tile._replace(stages=tile.stages - 1)
