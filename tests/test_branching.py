@@ -49,7 +49,7 @@ SETTINGS = {"attention_mask": MASK, "pad_token_id": 0, "custom_generate": tree_g
 def runs_ahead(request, monkeypatch):
     """On a GPU the next step begins before the last one is booked; here both ways are tested."""
     if request.param:
-        monkeypatch.setattr("hf_tree_cache.generation.sending.AHEAD_ON", ("cuda", "cpu"))
+        monkeypatch.setattr("hf_tree_cache.sending.AHEAD_ON", ("cuda", "cpu"))
     return request.param
 
 

@@ -20,7 +20,7 @@ FLOORS = {
     "integration.pictures": 0,
     "integration.materialising": 0,
     "integration.experts": 0,
-    "generation.sending": 0,
+    "sending": 0,
     "generation.view_parts": 2,
     "generation.view_text": 3,
     "integration.adapters": 1,

@@ -157,7 +157,7 @@ def test_a_runner_draws_the_same_whether_or_not_it_computes_ahead(name, monkeypa
     model = build(name).cuda()
 
     def drawn(ahead):
-        monkeypatch.setattr("hf_tree_cache.generation.sending.AHEAD_ON", ahead)
+        monkeypatch.setattr("hf_tree_cache.sending.AHEAD_ON", ahead)
         runner = BranchRunner(model, sampling=Sampling(top_p=0.95), seed=3)
         branches = runner.add_prompts([list(range(3, 40)), list(range(5, 12))])
         branches += runner.fork(branches[0], 4)

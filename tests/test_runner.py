@@ -30,8 +30,8 @@ from hf_tree_cache import (
 )
 from hf_tree_cache.generation import frontier
 from hf_tree_cache.generation.options import Branch
-from hf_tree_cache.generation.sending import Arriving
 from hf_tree_cache.generation.text import TextStream, encode_prompt
+from hf_tree_cache.sending import Arriving
 
 GREEDY = Sampling.greedy()
 
@@ -40,7 +40,7 @@ GREEDY = Sampling.greedy()
 def runs_ahead(request: Any, monkeypatch: pytest.MonkeyPatch) -> bool:
     """On a GPU a token is computed before the host knows it; here both ways are tested."""
     if request.param:
-        monkeypatch.setattr("hf_tree_cache.generation.sending.AHEAD_ON", ("cuda", "cpu"))
+        monkeypatch.setattr("hf_tree_cache.sending.AHEAD_ON", ("cuda", "cpu"))
     return bool(request.param)
 
 

@@ -12,6 +12,7 @@ import torch
 from triton import knobs
 
 from ..memory.storage import KVSpec, KVStorage
+from ..sending import send
 from .latent_kernel import latent_kernel, merge_kernel
 from .plan import TreeAttentionPlan
 
@@ -190,15 +191,15 @@ def _make_work(plan: TreeAttentionPlan, storage: KVStorage, heads: int) -> _Work
     k_numbers, v_numbers = storage.numbers_of(np.array(block_list, np.int64))
     ptr = np.cumsum([0, *map(len, slots_of)])
 
-    def send(values: object) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(values, np.int32)).to(device)
+    def to_ints(values: object) -> torch.Tensor:
+        return send(torch.from_numpy(np.asarray(values, np.int32)), device)
 
     return _Work(
-        send(lists[0]),
-        send(lists[1]),
-        send(row_list),
-        send(np.concatenate([k_numbers, v_numbers])),
-        send(ptr),
-        send([slot for slots in slots_of for slot in slots]),
+        to_ints(lists[0]),
+        to_ints(lists[1]),
+        to_ints(row_list),
+        to_ints(np.concatenate([k_numbers, v_numbers])),
+        to_ints(ptr),
+        to_ints([slot for slots in slots_of for slot in slots]),
         num_slots,
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..memory.storage import KVReader, SlabIndex
+from ..sending import to_device
 from .plan import TreeAttentionPlan
 
 
@@ -101,7 +102,7 @@ def _make_layout(plan: TreeAttentionPlan, storage: KVReader, columns: int) -> _L
             rows_of.setdefault(columns - plan.lengths[row] + run.start, []).append(row)
         places = [
             (
-                slice(None) if len(rows) == plan.num_rows else torch.tensor(rows, device=device),
+                slice(None) if len(rows) == plan.num_rows else to_device(rows, device),
                 first,
             )
             for first, rows in rows_of.items()
@@ -115,7 +116,7 @@ def _make_layout(plan: TreeAttentionPlan, storage: KVReader, columns: int) -> _L
         tail = [block * size + i for block in blocks for i in range(size)][: length - start]
         slots += [written] * (width - len(tail)) + tail
         own.append([column >= width - len(tail) for column in range(width)])
-    mask = None if all(map(all, own)) else torch.tensor(own, device=device)[:, None, None]
+    mask = None if all(map(all, own)) else to_device(own, device, torch.bool)[:, None, None]
     index = storage.index_slots(slots)
     return _Layout(runs, width, index, mask)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..memory.storage import KVReader, SlabIndex
+from ..sending import send, to_device
 from .plan import Run, TreeAttentionPlan, Window
 
 MAX_SCORES = 1 << 25
@@ -211,7 +212,7 @@ def _read_tails(columns: _Columns, storage: KVReader) -> tuple[SlabIndex, _Hidde
     if not bool(hidden.any()):
         return index, None
     # A query sees itself, so only padding sees nothing, and that is blanked in the end.
-    return index, _Hidden(_for_groups(hidden, columns.q.shape[2]).to(device), None)
+    return index, _Hidden(send(_for_groups(hidden, columns.q.shape[2]), device), None)
 
 
 def _read_run(columns: _Columns, storage: KVReader, run: Run) -> _Hidden | None:
@@ -223,19 +224,19 @@ def _read_run(columns: _Columns, storage: KVReader, run: Run) -> _Hidden | None:
     hidden = keys < columns.window.first_visible(queries)[:, :, None]
     if not bool(hidden.any()):
         return None
-    grouped = _for_groups(hidden, columns.q.shape[2]).to(storage.spec.device)
+    grouped = send(_for_groups(hidden, columns.q.shape[2]), storage.spec.device)
     stacked = grouped.transpose(0, 1).flatten(1, 2)[None]
     return _Hidden(stacked, stacked.all(-1))
 
 
 def _read_rows(columns: _Columns, storage: KVReader, run: Run) -> torch.Tensor:
-    return torch.tensor(run.rows).to(storage.spec.device)
+    return to_device(run.rows, storage.spec.device)
 
 
 def _read_padding(columns: _Columns, storage: KVReader) -> torch.Tensor:
     new = columns.plan.num_new - torch.tensor(columns.plan.counts)[:, None]
     column = columns.first + torch.arange(columns.q.shape[3])
-    return (column < new)[:, None, None].to(storage.spec.device)
+    return send((column < new)[:, None, None], storage.spec.device)
 
 
 def _for_groups(hidden: torch.Tensor, group: int) -> torch.Tensor:

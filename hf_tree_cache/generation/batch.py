@@ -12,9 +12,9 @@ from transformers import GenerationConfig
 from ..errors import UnsupportedModel
 from ..integration.cache import TreeCache
 from ..naming import CACHE
+from ..sending import to_device
 from .processors import BranchBatch
 from .record import GenerationTree
-from .sending import to_device
 from .step_inputs import StepInputs
 
 

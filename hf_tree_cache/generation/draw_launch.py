@@ -9,8 +9,8 @@ from functools import cache
 import torch
 import triton
 
+from ..sending import to_device
 from .draw_kernel import GROUP, draw_kernel
-from .sending import to_device
 
 MAX_VOCABULARY = 1 << 19
 """Most logits of a row: the largest of its groups are looked at together."""

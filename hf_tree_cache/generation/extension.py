@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import InvalidArgument, NonFiniteScores
+from ..sending import Arriving, to_device
 from .frontier import Frontier, Tip
 from .interrupt import uninterrupted
 from .ledger import BranchState, Ledger
@@ -16,7 +17,6 @@ from .options import Sampling, Stop, Turn
 from .output import BranchEvent
 from .processors import BranchBatch, run_processors
 from .sampling import draw_tokens
-from .sending import Arriving, to_device
 from .text import CONTEXT, TextStream, decode_after
 
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -306,7 +306,7 @@ class Extension:
         tokens = [self._ledger.tokens(row.state) for row in self._rows]
         width = max(map(len, tokens), default=0)
         padded = [[0] * (width - len(ids)) + ids for ids in tokens]
-        return torch.tensor(padded, device=self._frontier.model.device)
+        return to_device(padded, self._frontier.model.device)
 
 
 def _keep_alone(tip: Tip) -> None:

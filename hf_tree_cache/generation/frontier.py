@@ -13,9 +13,9 @@ from ..errors import OutOfBlocks
 from ..integration.cache import TreeCache
 from ..memory.tree import Branch as CacheBranch
 from ..naming import CACHE
+from ..sending import to_device, works_ahead
 from .options import RunnerStats
 from .prefixes import find_shared_runs
-from .sending import to_device, works_ahead
 from .step_inputs import find_constant
 
 LOGITS_AT_ONCE = 2**26
@@ -193,7 +193,7 @@ class Frontier:
                 before = tips[i].logits
                 assert before is not None
                 known = torch.cat([before[None], row[:-1]]).log_softmax(-1)
-                index = torch.tensor(part, device=known.device)[:, None]
+                index = to_device(part, known.device)[:, None]
                 logprobs[i] += known.gather(1, index).squeeze(1).tolist()
                 tips[i].logits = row[-1].clone()
         return logprobs
@@ -352,7 +352,7 @@ class Frontier:
         device = self.model.device
         width, before = max(counts), max(lengths)
         ids = [[0] * (width - len(new)) + new for new in tokens]
-        ends = torch.tensor([n + c for n, c in zip(lengths, counts, strict=True)], device=device)
+        ends = to_device([n + c for n, c in zip(lengths, counts, strict=True)], device)
         inputs: dict[str, Any] = {CACHE: self.cache, "use_cache": True}
         if len({*lengths}) > 1 or len({*counts}) > 1:
             inputs["attention_mask"] = _mask(ends, before + width)
@@ -362,7 +362,7 @@ class Frontier:
         if self._takes_logits_to_keep and not keep_all:
             inputs["logits_to_keep"] = 1
         prepared = self.model.prepare_inputs_for_generation(
-            torch.tensor(ids, device=device),
+            to_device(ids, device),
             next_sequence_length=width,
             is_first_iteration=before == 0,
             **inputs,

@@ -22,6 +22,7 @@ from transformers import (
 from ..errors import InvalidArgument, NonFiniteScores, OutOfBlocks
 from ..integration.cache import TreeCache
 from ..naming import CACHE
+from ..sending import Arriving, to_device, works_ahead
 from .batch import LiveBatch
 from .decide import NextRows, decide
 from .options import Sampling
@@ -29,7 +30,6 @@ from .output import BranchEvent, EventKind, TreeGenerateOutput, TreeGenerateStat
 from .processors import BranchingProcessor, run_processors
 from .record import GenerationTree
 from .sampling import draw_tokens
-from .sending import Arriving, to_device, works_ahead
 from .stopping import Stopping
 from .uncertainty import Uncertainty
 

@@ -9,8 +9,8 @@ from types import ModuleType
 
 import torch
 
+from ..sending import to_device
 from .options import Sampling
-from .sending import to_device
 from .uncertainty import Uncertainty
 
 HAS_TRITON = find_spec("triton") is not None

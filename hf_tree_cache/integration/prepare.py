@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import InvalidArgument
+from ..sending import to_device
 from . import pictures
 from .cache import TreeCache
 
@@ -148,7 +149,7 @@ class Forward:
                 return None
             self.kwargs.update(cut)
         for name, (value, dim) in batched.items():
-            index = torch.tensor(first, device=value.device)
+            index = to_device(first, value.device)
             self.kwargs[name] = value.index_select(dim, index)
         if have:
             self.cache.select([row // fan_out for row in first])
@@ -212,7 +213,7 @@ def expand_output(output: Any, collapsed: Collapsed) -> Any:
         if isinstance(value, torch.Tensor):
             if value.ndim < 2 or value.shape[0] != collapsed.num_computed:
                 return value
-            return value.index_select(0, torch.tensor(collapsed.inverse, device=value.device))
+            return value.index_select(0, to_device(collapsed.inverse, value.device))
         if type(value) in (tuple, list):
             return type(value)(expand(item) for item in value)
         return value

@@ -13,6 +13,7 @@ from ..attention.plan import TreeAttentionPlan
 from ..errors import HistoryFreed, StaleHandle, UnsupportedModel
 from ..memory.growth import AppendPlan
 from ..memory.storage import KVStorage, SlabIndex
+from ..sending import send, to_device
 
 UNKNOWN_READER = "read outside of tree attention"
 """Why K/V were gathered when it was not our attention that asked."""
@@ -48,7 +49,7 @@ class DenseView:
             blocks = tables.gather(1, positions // size)
             slots = (blocks * size + positions % size).flatten()
             index = storage.index_slots(slots)
-            self._indices[key] = index, padding.to(device) if bool(padding.any()) else None
+            self._indices[key] = index, send(padding, device) if bool(padding.any()) else None
         return self._indices[key]
 
 
@@ -133,7 +134,7 @@ class Step:
                     for row, count in enumerate(self.counts)
                     for column in range(self.num_new - count, self.num_new)
                 ]
-                source = torch.tensor(kept, dtype=torch.int64, device=device)
+                source = to_device(kept, device)
             self._write_indices[key] = slots, source
         return self._write_indices[key]
 

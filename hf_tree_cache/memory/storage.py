@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from ..errors import ScatteredStorage, StorageMismatch
+from ..sending import send, to_device
 from .places import BLANK, BlockPlaces
 
 MAX_NUMBER = 1 << 30
@@ -84,13 +85,14 @@ class SlabIndex:
         if slab == high // slab_size:
             local = whole - slab * slab_size
             follows = high - low == count - 1 and bool((local.diff() == 1).all())
-            part = (slab, local.to(device), None)
+            part = (slab, send(local, device), None)
             return cls((part,), count, (slab, low - slab * slab_size) if follows else None)
         slabs = whole // slab_size
         parts = []
         for number in slabs.unique().tolist():
             where = (slabs == number).nonzero().squeeze(1)
-            parts.append((number, (whole[where] - number * slab_size).to(device), where.to(device)))
+            local = whole[where] - number * slab_size
+            parts.append((number, send(local, device), send(where, device)))
         return cls(tuple(parts), count)
 
 
@@ -361,7 +363,7 @@ class KVStorage:
                 (source % self.slab_blocks, destination % self.slab_blocks)
             )
         for (from_slab, to_slab), pairs in groups.items():
-            index = torch.tensor(pairs, dtype=torch.int64, device=self.spec.device)
+            index = to_device(pairs, self.spec.device)
             for slabs in (self._k_blocks, self._v_blocks):
                 taken = slabs[from_slab].index_select(1, index[:, 0])
                 slabs[to_slab].index_copy_(1, index[:, 1], taken)

@@ -19,6 +19,7 @@ from ..generation.text import decode_after, encode_prompt
 from ..integration.cache import TreeCache
 from ..integration.enable import enable_tree_attention, is_enabled
 from ..naming import CACHE
+from ..sending import to_device
 from .answers import AnswerClasses, AnswerFunction, SameFunction, extract_answer, same_answer
 from .policy import SearchNode, SearchTree, conclude_vote
 from .result import EndedBy, Question, SearchCost, SearchResult, make_result
@@ -102,11 +103,11 @@ def entropy_branching(
             if seed is not None:
                 torch.manual_seed(seed)
             out = model.generate(
-                torch.tensor([[0] * n + ids for n, ids in zip(padding, encoded, strict=True)]).to(
-                    model.device
+                to_device(
+                    [[0] * n + ids for n, ids in zip(padding, encoded, strict=True)], model.device
                 ),
-                attention_mask=torch.tensor(
-                    [[0] * n + [1] * (width - n) for n in padding], device=model.device
+                attention_mask=to_device(
+                    [[0] * n + [1] * (width - n) for n in padding], model.device
                 ),
                 **{CACHE: TreeCache()},
                 custom_generate=tree_generate,

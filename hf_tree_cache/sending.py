@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -16,11 +17,20 @@ def works_ahead(device: torch.device) -> bool:
 
 
 def to_device(
-    values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64
+    values: Sequence[Any], device: torch.device, dtype: torch.dtype = torch.int64
 ) -> torch.Tensor:
-    """``[len(values)]``. ``torch.tensor(values, device=...)`` would wait for all work before it."""
-    made = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-    return made.to(device, non_blocking=True)
+    """Numbers, or lists of them, as a tensor on ``device``, by :func:`send`."""
+    return send(torch.tensor(values, dtype=dtype), device)
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``tensor``, which is on the host, on ``device``.
+
+    ``tensor.to(device)``, like ``torch.tensor(values, device=...)``, waits for all work before it.
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 class Arriving:
