@@ -32,6 +32,7 @@ from hf_tree_cache.integration import linears as linears_module
 from hf_tree_cache.integration.gated import GatedUnits, find_style
 from hf_tree_cache.integration.linears import DecodeLinears
 from hf_tree_cache.integration.pending import Pending
+from hf_tree_cache.integration.served import is_served
 from hf_tree_cache.integration.small_steps import SmallSteps
 from hf_tree_cache.memory.scatter import Slots
 
@@ -441,6 +442,25 @@ def test_compiled_layers_keep_their_norms_and_their_file():
     steps = SmallSteps(model.modules(), besides=layers)
     assert [module for module, _ in steps.norms] == [model.model.norm]
     assert not steps.rotaries
+
+
+@pytest.mark.parametrize(
+    ("name", "served"),
+    [("llama", True), ("gemma3", True), ("phi3", True), ("glm", True), ("cohere2", False)],
+)
+def test_whether_anything_is_left_to_compile(name, served, monkeypatch):
+    for module in (gated_module, linears_module):
+        monkeypatch.setattr(module, "find_obstacle", lambda layer: None)
+    model = build(name)
+    layers = list(model.model.layers)
+    parts = [part for layer in layers for part in layer.modules()]
+    linears, steps = DecodeLinears(parts, join=False), SmallSteps(parts)
+    units = [GatedUnits(parts)]
+    # Cohere's norms are layer norms.
+    assert {is_served(layer, linears, steps, units) for layer in layers} == {served}
+    assert not is_served(layers[0], linears, steps, [])
+    layers[0].more = nn.Conv1d(1, 1, 1)
+    assert not is_served(layers[0], linears, steps, units)
 
 
 def halves(q, k, cos, sin, unsqueeze_dim=1):

@@ -55,6 +55,11 @@ class DecodeLinears:
         return len(self._groups)
 
     @property
+    def layers(self) -> list[nn.Linear]:
+        """Those that have a way of ours."""
+        return [child for group in self._groups for child in group.children]
+
+    @property
     def intact(self) -> bool:
         """Whether the weights are still those that were found or made."""
         return all(group.intact for group in self._groups)
