@@ -584,13 +584,13 @@ class TreeCache(Cache):
                 f"crop({-removed}): give minus the number of tokens to remove, from "
                 f"{-self._columns} to 0."
             )
-        lengths = [max(0, length - removed) for length in self.tree.row_lengths()]
-        if removed:
-            for branch, length in zip(self.tree.rows, lengths, strict=True):
-                self._memory.check_history(f"crop({-removed})", branch, length)
-        OtherLayers(self.layers).crop(-removed)
-        if not removed:
+        if not removed:  # as generate asks after each token where it looks for ends a step late
+            OtherLayers(self.layers).crop(0)
             return
+        lengths = [max(0, length - removed) for length in self.tree.row_lengths()]
+        for branch, length in zip(self.tree.rows, lengths, strict=True):
+            self._memory.check_history(f"crop({-removed})", branch, length)
+        OtherLayers(self.layers).crop(-removed)
         for branch, length in zip(self.tree.rows, lengths, strict=True):
             self.tree.truncate(branch, length)
         self._columns -= removed
@@ -658,6 +658,12 @@ class TreeCache(Cache):
     @property
     def is_compileable(self) -> bool:
         return False
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether :meth:`crop` can take the last tokens back: not where layers with a window have
+        ``backtrack=0``."""
+        return super().is_croppable and self._memory.can_go_back
 
     @property
     def is_initialized(self) -> bool:
