@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..errors import InvalidArgument, NonFiniteScores
+from ..errors import InvalidArgument
 from ..sending import Arriving, to_device
 from .frontier import Frontier, Tip
 from .interrupt import uninterrupted
@@ -16,7 +16,7 @@ from .ledger import BranchState, Ledger
 from .options import Sampling, Stop, Turn
 from .output import BranchEvent
 from .processors import BranchBatch, run_processors
-from .sampling import draw_tokens
+from .sampling import check_drawn, draw_tokens
 from .text import CONTEXT, TextStream, decode_after
 
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -159,12 +159,7 @@ class Extension:
         try:
             ahead = self._run_ahead(rows, tips, drawn.tokens)
             tokens, broken, logprobs = arriving.read()
-            if any(broken):
-                raise NonFiniteScores(
-                    f"Branch {rows[broken.index(1)].state.branch} has scores with NaN, +inf or "
-                    "nothing but -inf. A processor masked every token, or the model overflowed "
-                    "(try bfloat16 or float32)."
-                )
+            check_drawn(broken, batch.branches)
         except BaseException:
             self._frontier.repair(tips)  # the cache may be ahead
             raise

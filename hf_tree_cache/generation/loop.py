@@ -19,7 +19,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from ..errors import InvalidArgument, NonFiniteScores, OutOfBlocks
+from ..errors import InvalidArgument, OutOfBlocks
 from ..integration.cache import TreeCache
 from ..naming import CACHE
 from ..sending import Arriving, to_device, works_ahead
@@ -29,7 +29,7 @@ from .options import Sampling
 from .output import BranchEvent, EventKind, TreeGenerateOutput, TreeGenerateStats
 from .processors import BranchingProcessor, run_processors
 from .record import GenerationTree
-from .sampling import draw_tokens
+from .sampling import check_drawn, draw_tokens
 from .stopping import Stopping
 from .uncertainty import Uncertainty
 
@@ -306,12 +306,7 @@ class _Run:
     def _record(self, batch: LiveBatch, drawn: Arriving) -> list[int]:
         """Wait for what was drawn, book it, and let finished rows go; which rows are left."""
         numbers, broken, logprobs, *stopped = drawn.read()
-        if any(broken):
-            raise NonFiniteScores(
-                f"Branch {batch.branches[broken.index(1)]} has scores with NaN, +inf or nothing "
-                "but -inf. A processor masked every token, or the model overflowed (try bfloat16 "
-                "or float32)."
-            )
+        check_drawn(broken, batch.branches)
         tokens = [int(number) for number in numbers]
         batch.note(tokens, logprobs, self.tree)
         self.stats.steps += 1

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import torch
 
+from ..errors import NonFiniteScores
 from ..sending import to_device
 from .options import Sampling
 from .uncertainty import Uncertainty
@@ -44,6 +45,23 @@ class Drawn:
     def logprobs(self) -> torch.Tensor:
         """float32 ``[R]``."""
         return self.table[2].float()
+
+
+def check_drawn(broken: Sequence[float], branches: Sequence[int]) -> None:
+    """Every row had scores to draw from.
+
+    Args:
+        broken: second row of :attr:`Drawn.table`, on the host.
+        branches: of each row.
+
+    Raises:
+        NonFiniteScores: one had not.
+    """
+    if any(broken):
+        raise NonFiniteScores(
+            f"Branch {branches[broken.index(1)]} has scores with NaN, +inf or nothing but -inf. A "
+            "processor masked every token, or the model overflowed (try bfloat16 or float32)."
+        )
 
 
 def draw_tokens(

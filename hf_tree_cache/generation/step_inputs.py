@@ -10,7 +10,7 @@ from transformers import GenerationMixin
 from transformers.utils import ModelOutput
 
 from ..integration.cache import TreeCache
-from ..naming import CACHE
+from ..naming import CACHE, batch_dim
 
 GROWING = "prepare_inputs_for_generation", "_update_model_kwargs_for_generation"
 """Transformers' functions between two forwards; they copy and grow tensors of all tokens."""
@@ -115,7 +115,7 @@ def find_constant(
 def _select(name: str, value: Any, index: torch.Tensor, num_rows: int) -> Any:
     """``value`` for the rows ``index``, where it has a batch of ``num_rows``."""
     if isinstance(value, torch.Tensor):
-        dim = 1 if name == "position_ids" and value.ndim == 3 else 0
+        dim = batch_dim(name, value.ndim)
         if value.ndim > dim and value.shape[dim] == num_rows:
             return value.index_select(dim, index.to(value.device))
         return value

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.utils import ModelOutput
 
-from ..naming import NAMES
+from ..naming import NAMES, batch_dim
 from .cache import TreeCache
 from .step import NotCapturable, Step
 
@@ -64,7 +64,7 @@ def read_call(step: Step, kwargs: dict[str, Any]) -> Call:
                 raise NotCapturable("the attention mask hides more than padding")
         elif isinstance(value, torch.Tensor):
             shape = tuple(value.shape)
-            dim = 1 if name == "position_ids" and len(shape) == 3 else 0
+            dim = batch_dim(name, len(shape))
             if value.is_floating_point() or len(shape) <= dim or shape[dim] != rows:
                 raise NotCapturable(f"{name} is a tensor of {shape}, {value.dtype}")
             tensors.append((name, dim, (*shape[:dim], *shape[dim + 1 :]), value.dtype))

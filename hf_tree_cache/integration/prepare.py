@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import InvalidArgument
+from ..naming import batch_dim
 from ..sending import to_device
 from . import pictures
 from .cache import TreeCache
@@ -172,17 +173,10 @@ class Forward:
             # Sound and the like: which row it belongs to, only the model knows.
             if value.is_floating_point():
                 return None
-            dim = _batch_dim(name, value, num_rows)
-            if dim is not None:
+            dim = batch_dim(name, value.ndim)
+            if value.ndim > dim and value.shape[dim] == num_rows:
                 batched[name] = value, dim
         return batched
-
-
-def _batch_dim(name: str, value: torch.Tensor, num_rows: int) -> int | None:
-    """Where a forward argument has its batch; None when it has none."""
-    if name == "position_ids" and value.ndim == 3:
-        return 1 if value.shape[1] == num_rows else None
-    return 0 if value.ndim and value.shape[0] == num_rows else None
 
 
 def _read_padding(
