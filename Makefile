@@ -48,8 +48,9 @@ bench: weights  ## benchmarks that run on a CPU
 bench-gpu:  ## benchmark of the kernel on a GPU, in an environment as for test-gpu; 6 minutes
 	$(PYTHON) benchmarks/kernel.py $(BENCH_ARGS)
 
-models: $(VENV)/.installed  ## docs/models.md: which models of transformers run, and how; 2 minutes
+models: $(VENV)/.installed  ## docs/models.md: which models of transformers run, and how; 3 minutes
 	$(BIN)/python benchmarks/model_coverage.py
+	TRITON_INTERPRET=1 $(BIN)/python benchmarks/kernel_coverage.py --save
 
 clean:  ## everything that make and the tools left here; the weights stay
 	rm -rf $(VENV) $(VENV_MIN) .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist

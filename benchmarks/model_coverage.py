@@ -47,6 +47,8 @@ from hf_tree_cache.naming import CACHE
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks/results/models.json", ROOT / "docs/models.md"
+KERNELS = ROOT / "benchmarks/results/kernels_of_models.json"
+"""Of benchmarks/kernel_coverage.py."""
 TIMEOUT, MEMORY = 60, 12 << 30
 VOCAB, PAD = 97, 0
 LENGTHS = (20, 15, 12)
@@ -678,10 +680,15 @@ def _not_run(name: str, reason: str) -> Result:
     return Result(name, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name], "not run", reason=reason)
 
 
-def page(report: dict[str, Any]) -> str:
-    """docs/models.md."""
+def page(report: dict[str, Any], kernels: dict[str, Any]) -> str:
+    """docs/models.md.
+
+    Args:
+        kernels: results of benchmarks/kernel_coverage.py.
+    """
     where, results = report["environment"], report["results"]
     counts = Counter(result["verdict"] for result in results)
+    served = {result["name"]: ", ".join(result["kernels"]) for result in kernels["results"]}
     lines = [
         "# Models",
         "",
@@ -694,19 +701,22 @@ def page(report: dict[str, Any]) -> str:
         "enabled and uses transformers' own cache. Only text: no pictures, no sound. `make models`",
         "writes this page (`benchmarks/model_coverage.py`). On a GPU the fused kernel reads; torch",
         "reads for models with an attention of their own; latents have a kernel for decode steps.",
+        "Kernels: what else decode steps in half precision compute by kernels of ours, where they",
+        f"run from CUDA graphs ([how](decoding.md)). With them {len(served)} models, in Triton's",
+        "interpreter, are as near to float32 as without (`benchmarks/kernel_coverage.py`).",
         "",
         "| verdict | architectures | meaning |",
         "| :-- | --: | :-- |",
         *(f"| {key} | {counts[key]} | {text} |" for key, text in VERDICTS.items()),
         "",
-        "| architecture | class | verdict | mechanism | reason |",
-        "| :-- | :-- | :-- | :-- | :-- |",
+        "| architecture | class | verdict | mechanism | kernels | reason |",
+        "| :-- | :-- | :-- | :-- | :-- | :-- |",
     ]
     for result in results:
         reason = result["reason"].replace("|", "\\|")
         lines.append(
             f"| {result['name']} | {result['model']} | {result['verdict']} "
-            f"| {', '.join(result['mechanism'])} | {reason} |"
+            f"| {', '.join(result['mechanism'])} | {served.get(result['name'], '')} | {reason} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -725,7 +735,7 @@ def main() -> None:
     parser.add_argument("--in-process", action="store_true", help="show what goes wrong")
     options = parser.parse_args()
     if options.table:
-        PAGE.write_text(page(json.loads(RESULTS.read_text())))
+        PAGE.write_text(page(json.loads(RESULTS.read_text()), json.loads(KERNELS.read_text())))
         return
     quiet()
     torch.set_num_threads(1)
@@ -745,7 +755,7 @@ def main() -> None:
         "results": [done[name] for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in done],
     }
     RESULTS.write_text(json.dumps(report, indent=1) + "\n")
-    PAGE.write_text(page(report))
+    PAGE.write_text(page(report, json.loads(KERNELS.read_text())))
 
 
 if __name__ == "__main__":

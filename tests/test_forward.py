@@ -210,6 +210,13 @@ class Joined(nn.Module):
         return self.down_proj(self.act_fn(gate) * up)
 
 
+class Failing(Joined):
+    """Wants more than it is given."""
+
+    def forward(self, x):
+        return super().forward(x) * self.missing
+
+
 def quick_gelu(x):
     return x * torch.sigmoid(1.702 * x)
 
@@ -227,6 +234,7 @@ def quick_gelu(x):
         (Joined(nn.SiLU()), ("silu", True)),
         (Joined(nn.GELU()), ("gelu", True)),
         (Joined(nn.SiLU(), gate_first=False), None),
+        (Failing(nn.SiLU()), None),
     ],
 )
 def test_rounding_does_not_pass_one_unit_for_another(unit, style, monkeypatch):

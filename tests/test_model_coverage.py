@@ -12,9 +12,11 @@ import pytest
 import torch
 import transformers
 from models import one_thread
+from test_kernel import run_script
 
 __all__ = ["one_thread"]  # a fixture for all of this file
 
+KERNELS: dict[str, Any] = json.loads(coverage.KERNELS.read_text(encoding="utf-8"))
 REPORT: dict[str, Any] = json.loads(coverage.RESULTS.read_text(encoding="utf-8"))
 RECORDED = {result["name"]: result for result in REPORT["results"]}
 
@@ -59,7 +61,21 @@ def test_the_sample_has_every_verdict_and_mechanism_that_works() -> None:
 
 @pytest.mark.core
 def test_the_page_is_what_the_results_say() -> None:
-    assert coverage.PAGE.read_text(encoding="utf-8") == coverage.page(REPORT)
+    assert coverage.PAGE.read_text(encoding="utf-8") == coverage.page(REPORT, KERNELS)
+
+
+@pytest.mark.timeout(300)
+def test_kernels_around_attention_compute_what_each_architecture_does() -> None:
+    pytest.importorskip("triton")
+    script = "../benchmarks/kernel_coverage.py"
+    found = run_script(script, timeout=280, TRITON_INTERPRET="1")["results"]
+    assert len(found) > 100 and not [each for each in found if not each["right"]]
+    if KERNELS["environment"]["transformers"] != transformers.__version__:
+        pytest.skip(f"the results are of transformers {KERNELS['environment']['transformers']}")
+    known = {each["name"]: each["kernels"] for each in KERNELS["results"]}
+    assert {each["name"]: each["kernels"] for each in found} == known
+    kinds = {kind for kernels in known.values() for kind in kernels}
+    assert kinds == {"linears", "norms", "rotary", "gated units", "experts", "routers"}
 
 
 def test_every_architecture_has_a_row() -> None:
