@@ -21,6 +21,7 @@ from hf_tree_cache import (
 xgrammar = pytest.importorskip("xgrammar")
 
 from hf_tree_cache.generation.grammar import GrammarProcessor  # noqa: E402
+from hf_tree_cache.generation.processors import BranchBatch  # noqa: E402
 
 LETTERS = ["<pad>", "<bos>", "<eos>", *map(chr, range(97, 123)), *(f"<{i}>" for i in range(68))]
 
@@ -87,6 +88,19 @@ def test_tree_generate_follows_a_grammar_too() -> None:
     for sequence in out.sequences:
         text = "".join(LETTERS[token] for token in sequence[2:])
         assert re.fullmatch("[a-d][e-h][i-l]<eos>", text)
+
+
+def test_a_token_that_the_host_knows_is_not_read_from_the_device() -> None:
+    grammar = GrammarProcessor(compiled("abc"))
+    scores = torch.zeros(1, len(LETTERS))
+
+    def allowed(*last: int) -> list[str]:
+        grammar.batch = BranchBatch((0,), (0,), (len(last),), (0.0,), last[-1:])
+        masked = grammar(torch.empty(1, 0, dtype=torch.int64), scores)
+        return [LETTERS[i] for i in (masked[0] > -torch.inf).nonzero().flatten().tolist()]
+
+    a, b = LETTERS.index("a"), LETTERS.index("b")
+    assert [allowed(), allowed(a), allowed(a, b)] == [["a"], ["b"], ["c"]]
 
 
 def test_what_is_not_compiled_is_refused() -> None:

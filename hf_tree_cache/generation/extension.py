@@ -192,6 +192,7 @@ class Extension:
             tuple(state.prompt for state in states),
             tuple(state.length - state.prompt_length for state in states),
             tuple(state.logprob for state in states),
+            tuple(row.tokens[-1] for row in rows if row.tokens),
         )
 
     def _process(self, batch: BranchBatch, logits: torch.Tensor) -> torch.Tensor:

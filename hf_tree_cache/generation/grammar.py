@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import InvalidArgument
+from ..sending import send
 from .processors import BranchingProcessor
 
 try:
@@ -62,7 +63,7 @@ class GrammarProcessor(BranchingProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         mask = xgrammar.allocate_token_bitmask(*scores.shape)
-        bound = []
+        bound, last = [], self.batch.last_tokens
         for row, (branch, length) in enumerate(
             zip(self.batch.branches, self.batch.lengths, strict=True)
         ):
@@ -72,14 +73,14 @@ class GrammarProcessor(BranchingProcessor):
                 self._constraints[branch] = constraint
             if constraint.grammar is None:
                 continue
-            self._follow(constraint, input_ids[row], length)
+            self._follow(constraint, input_ids[row], length, last[row] if last else None)
             if not constraint.matcher.is_terminated():
                 constraint.matcher.fill_next_token_bitmask(mask, row)
                 bound.append(row)
         if not bound:
             return scores
         scores = scores.clone()
-        xgrammar.apply_token_bitmask_inplace(scores, mask.to(scores.device), indices=bound)
+        xgrammar.apply_token_bitmask_inplace(scores, send(mask, scores.device), indices=bound)
         return scores
 
     def on_fork(self, parent: int, children: Sequence[int]) -> None:
@@ -94,8 +95,14 @@ class GrammarProcessor(BranchingProcessor):
     def on_prune(self, branch: int) -> None:
         self._constraints.pop(branch, None)
 
-    def _follow(self, constraint: _Constraint, tokens: torch.Tensor, length: int) -> None:
-        """Bring the matcher to the ``length`` generated tokens at the end of ``tokens``."""
+    def _follow(
+        self, constraint: _Constraint, tokens: torch.Tensor, length: int, last: int | None
+    ) -> None:
+        """Bring the matcher to the ``length`` generated tokens at the end of ``tokens``.
+
+        Args:
+            last: of these, if the host knows it: reading would wait for the device.
+        """
         if constraint.start < 0 or constraint.start > length:
             constraint.start, constraint.accepted, constraint.matcher = length, 0, None
         if constraint.matcher is None:
@@ -105,7 +112,8 @@ class GrammarProcessor(BranchingProcessor):
             constraint.matcher.rollback(constraint.accepted - wanted)
             constraint.accepted = wanted
         behind = wanted - constraint.accepted
-        for token in tokens[len(tokens) - behind :].tolist():
+        is_known = behind == 1 and last is not None
+        for token in [last] if is_known else tokens[len(tokens) - behind :].tolist():
             if not constraint.matcher.is_terminated() and not constraint.matcher.accept_token(
                 token
             ):
