@@ -20,7 +20,7 @@ def to_device(
     values: Sequence[Any], device: torch.device, dtype: torch.dtype = torch.int64
 ) -> torch.Tensor:
     """Numbers, or lists of them, as a tensor on ``device``, by :func:`send`."""
-    return send(torch.tensor(values, dtype=dtype), device)
+    return send(torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda"), device)
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

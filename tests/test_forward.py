@@ -32,7 +32,7 @@ from hf_tree_cache.integration import linears as linears_module
 from hf_tree_cache.integration.gated import GatedUnits, find_style
 from hf_tree_cache.integration.linears import DecodeLinears
 from hf_tree_cache.integration.pending import Pending
-from hf_tree_cache.integration.served import is_served
+from hf_tree_cache.integration.served import are_served
 from hf_tree_cache.integration.small_steps import SmallSteps
 from hf_tree_cache.memory.scatter import Slots
 
@@ -465,10 +465,11 @@ def test_whether_anything_is_left_to_compile(name, served, monkeypatch):
     linears, steps = DecodeLinears(parts, join=False), SmallSteps(parts)
     units = [GatedUnits(parts)]
     # Cohere's norms are layer norms.
-    assert {is_served(layer, linears, steps, units) for layer in layers} == {served}
-    assert not is_served(layers[0], linears, steps, [])
+    assert {are_served([layer], linears, steps, units) for layer in layers} == {served}
+    assert are_served(layers, linears, steps, units) == served
+    assert not are_served(layers, linears, steps, [])
     layers[0].more = nn.Conv1d(1, 1, 1)
-    assert not is_served(layers[0], linears, steps, units)
+    assert not are_served(layers, linears, steps, units)
 
 
 def halves(q, k, cos, sin, unsqueeze_dim=1):

@@ -56,7 +56,7 @@ def test_few_rows_fit(
     x = torch.empty(rows, 1, size, dtype=bf16)
     if name.startswith("gated"):
         activations = linear.ACTIVATIONS if arch == "sm_90" else linear.ACTIVATIONS[:1]
-        launches = [partial(linear.few_rows_gated, x, *weights, name) for name in activations]
+        launches = [partial(linear.few_rows_gated, x, *weights, each) for each in activations]
     else:
         launches = [partial(linear.few_rows_linear, x, weights, biases)]
     for launch in launches:

@@ -55,11 +55,15 @@ VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 IS_TABLES_OWN = VERSION < (3, 7)
 """The table was made with Triton 3.6; later ones need more registers, above all for merges."""
 
-MAX_STACK = 32 if IS_TABLES_OWN else 288
+MAX_STACK = 32 if IS_TABLES_OWN else 256
 """Bytes of a thread that may wait in local memory while a loop over K and V runs."""
 
-MAX_LOOP_SPILLS = 0 if IS_TABLES_OWN else 2
-"""Instructions of such a loop that may use it: with Triton 3.9 three kernels have one or two."""
+SPILLING = {
+    "sm_90 bf16 128 mixed group 1": (288, 2),
+    "sm_90 bf16 128 mixed group 7": (288, 2),
+    "sm_120 fp32 256 small with merges": (MAX_STACK, 2),
+}
+"""With Triton 3.9: bytes of a thread, and instructions of such a loop that use them, at most."""
 
 
 @dataclass(frozen=True)
@@ -255,8 +259,10 @@ def run(*command: str | Path) -> str:
 
 def check(variant: Variant, facts: Facts) -> None:
     limits, tiles = LIMITS[variant.arch], facts.tiles
-    assert facts.loop_spills <= MAX_LOOP_SPILLS
-    assert facts.stack <= MAX_STACK
+    known = {} if IS_TABLES_OWN else SPILLING
+    most_stack, most_spills = known.get(str(variant), (MAX_STACK, 0))
+    assert facts.loop_spills <= most_spills
+    assert facts.stack <= most_stack
     # Shared memory has room for all programs, registers at least where they were counted.
     registers = facts.registers if IS_TABLES_OWN and not variant.feature else 1
     resident = limits.resident(registers, facts.shared, tiles.num_warps)

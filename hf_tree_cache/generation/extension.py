@@ -192,7 +192,7 @@ class Extension:
             tuple(state.prompt for state in states),
             tuple(state.length - state.prompt_length for state in states),
             tuple(state.logprob for state in states),
-            tuple(row.tokens[-1] for row in rows if row.tokens),
+            tuple(row.tokens[-1] for row in rows if row.tokens) if self._processors else (),
         )
 
     def _process(self, batch: BranchBatch, logits: torch.Tensor) -> torch.Tensor:

@@ -660,12 +660,6 @@ class TreeCache(Cache):
         return False
 
     @property
-    def is_croppable(self) -> bool:
-        """Whether :meth:`crop` can take the last tokens back: not where layers with a window have
-        ``backtrack=0``."""
-        return super().is_croppable and self._memory.can_go_back
-
-    @property
     def is_initialized(self) -> bool:
         return bool(self._memory.pool.storages)
 

@@ -29,7 +29,7 @@ from .layers import PagedLayer
 from .linears import DecodeLinears
 from .op_record import OpRecord, first_difference
 from .routers import Routers
-from .served import is_served
+from .served import are_served
 from .small_steps import SmallSteps
 from .static import StaticDecode, layouts
 from .step import NotCapturable, Step
@@ -388,7 +388,7 @@ class DecodeGraphs:
         self._small_steps = SmallSteps(self._model.modules(), besides=inside)
         if layers:
             steps = SmallSteps(inside)
-            if all(is_served(layer, self._linears, steps, self._units) for layer in layers):
+            if are_served(layers, self._linears, steps, self._units):
                 logger.warning_once(
                     f"enable_tree_attention(compile=True): kernels serve all that the layers of "
                     f"{type(self._model).__name__} hold; compiled ones were slower wherever both "

@@ -95,12 +95,6 @@ class TreeMemory:
         self._history.reset()
         self.let_go()
 
-    @property
-    def can_go_back(self) -> bool:
-        """Whether every branch can be taken back by a token at any time."""
-        windows = any(storage.window is not None for storage in self.pool.storages)
-        return not windows or self._history.backtrack != 0
-
     def check_history(self, call: str, branch: Branch, length: int) -> None:
         """``branch`` can go on after its first ``length`` tokens.
 
