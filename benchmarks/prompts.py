@@ -165,17 +165,17 @@ def _several(model: PreTrainedModel, shape: str, cache: Any) -> Timeline:
         mask[row, longest - length :] = 1
     ids[mask == 0] = 0
     marks = Marks()
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        past_key_values=cache,
-        do_sample=True,
-        top_k=0,
-        num_return_sequences=prompts.rows,
-        max_new_tokens=prompts.tokens,
-        min_new_tokens=prompts.tokens,
-        stopping_criteria=[marks],
-    )
+    with marks.beside():
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            do_sample=True,
+            top_k=0,
+            num_return_sequences=prompts.rows,
+            max_new_tokens=prompts.tokens,
+            min_new_tokens=prompts.tokens,
+        )
     timeline = marks.timeline()
     rows = len(prompts.lengths) * prompts.rows
     assert out.shape == (rows, longest + prompts.tokens), out.shape

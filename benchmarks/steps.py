@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria
+from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation import utils as stock
 
 from hf_tree_cache.generation import loop
@@ -81,6 +81,24 @@ class Marks(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         self._marks.append(self._mark())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Note it where stock ``generate`` asks its own criteria, instead of as one of them.
+
+        To criteria of its caller an enabled model listens after every token, to its own a token
+        late.
+        """
+
+        def noting(ask: Callable[..., Any]) -> Callable[..., Any]:
+            def noted(criteria: Any, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
+                self._marks.append(self._mark())
+                return ask(criteria, input_ids, scores, **kwargs)
+
+            return noted
+
+        with _replaced(StoppingCriteriaList, "__call__", noting):
+            yield
 
     def timeline(self) -> Timeline:
         settle()
@@ -165,8 +183,9 @@ def watched() -> Iterator[Watch]:
     with ExitStack() as stack:
         stack.enter_context(_replaced(loop.Arriving, "read", waiting))
         # Absent from versions of transformers that write the check into their loop.
-        if hasattr(stock, "StopCheck"):
-            stack.enter_context(_replaced(stock.StopCheck, "__call__", waiting))
+        for name in ("StopCheck", "DeferredStopCheck"):
+            if hasattr(stock, name):
+                stack.enter_context(_replaced(getattr(stock, name), "__call__", waiting))
         stack.enter_context(_replaced(DecodeGraphs, "run", forwarding))
         stack.enter_context(_replaced(torch.cuda.CUDAGraph, "replay", replaying))
         yield watch

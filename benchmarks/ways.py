@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -85,18 +85,20 @@ def generate(model: PreTrainedModel, work: Workload, tokens: int, **options: Any
     """Sample ``tokens`` for every branch; ``options`` go to ``model.generate``."""
     ids = prompt_of(model, work.prompt)
     marks = Marks()
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=True,
-        top_k=0,
-        num_return_sequences=work.rows,
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-        prefill_chunk_size=work.chunk,
-        stopping_criteria=[marks],
-        **options,
-    )
+    if "custom_generate" in options:
+        options["stopping_criteria"] = [marks]
+    with nullcontext() if "custom_generate" in options else marks.beside():
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=True,
+            top_k=0,
+            num_return_sequences=work.rows,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            prefill_chunk_size=work.chunk,
+            **options,
+        )
     timeline = marks.timeline()
     sequences = getattr(out, "sequences", out)
     assert sequences.shape == (work.rows, work.prompt + tokens), sequences.shape

@@ -96,6 +96,7 @@ FLOORS = {
     "integration.latent": 9,
     "integration.attention": 10,
     "integration.disk": 10,
+    "integration.late_ends": 10,
     "integration.prepare": 10,
     "integration.decode_call": 10,
     "integration.compiled": 10,

@@ -296,6 +296,12 @@ class TreeCache(Cache):
         return OtherLayers(self.layers).has_state
 
     @property
+    def is_bounded(self) -> bool:
+        """Whether it may have no room for one more token: ``max_blocks`` or ``max_memory``."""
+        bounds = self.tree.allocator.max_blocks, self._memory.pool.max_memory
+        return any(bound is not None for bound in bounds)
+
+    @property
     def storages(self) -> list[KVStorage]:
         """Where K/V are, one for each kind of layer."""
         return self._memory.pool.storages

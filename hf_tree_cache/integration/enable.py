@@ -6,6 +6,7 @@ import functools
 import inspect
 import os
 import sys
+import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +23,7 @@ from .adapters import active_adapters
 from .attention import NAME
 from .cache import TreeCache
 from .experts import with_grouped_experts
+from .late_ends import LateEnds
 from .prepare import Collapsed, Forward, expand_output
 
 if TYPE_CHECKING:
@@ -128,7 +130,8 @@ class EnabledTreeAttention:
         hooks = _Hooks()
         # Transformers' own helper, which may go.
         if hasattr(model, "_optimize_model_for_decode"):
-            model._optimize_model_for_decode = with_grouped_experts(model, lambda: hooks.rows)
+            model._optimize_model_for_decode = with_grouped_experts(model, hooks.num_rows)
+        self._late_ends = LateEnds(model, hooks.last_cache)
         self._handles = [
             model.register_forward_pre_hook(hooks, with_kwargs=True),
             model.register_forward_hook(hooks.after, with_kwargs=True, always_call=True),
@@ -148,6 +151,7 @@ class EnabledTreeAttention:
                 self._model.forward = self._forward
             if self._graphs is not None:
                 self._graphs.close()
+            self._late_ends.undo()
         latent.undo(self._deferred)
         self._handles, self._previous, self._deferred = [], [], []
 
@@ -278,14 +282,10 @@ def _source(module_name: str) -> str:
 
 
 class _Hooks:
-    """The pair of hooks around a model's forward. Holds only what one forward hands to its end.
-
-    Attributes:
-        rows: of the TreeCache after the last forward; 0 if it had none.
-    """
+    """The pair of hooks around a model's forward."""
 
     def __init__(self) -> None:
-        self.rows = 0
+        self._last: weakref.ref[TreeCache] | None = None
         self._open: list[tuple[TreeCache | None, Collapsed | None]] = []
 
     def __call__(
@@ -327,7 +327,7 @@ class _Hooks:
     ) -> Any:
         # A pre-hook before ours may have failed; torch then calls this one all the same.
         cache, collapsed = self._open.pop() if self._open else (None, None)
-        self.rows = 0
+        self._last = None
         if cache is None:
             return output
         if output is None:
@@ -339,5 +339,14 @@ class _Hooks:
         if collapsed is not None:
             cache.select(collapsed.inverse)
             output = expand_output(output, collapsed)
-        self.rows = len(cache.tree.rows)
+        self._last = weakref.ref(cache)
         return output
+
+    def last_cache(self) -> TreeCache | None:
+        """That the last forward ended with; None if it had none, or failed."""
+        return None if self._last is None else self._last()
+
+    def num_rows(self) -> int:
+        """Of that cache; 0 without one."""
+        cache = self.last_cache()
+        return 0 if cache is None else len(cache.tree.rows)
