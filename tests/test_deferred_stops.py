@@ -56,7 +56,7 @@ def apple(monkeypatch):
 def device(request, monkeypatch):
     """One that works ahead of the host, or passes for it."""
     if request.param == "cpu":
-        monkeypatch.setattr("hf_tree_cache.sending.AHEAD_ON", ("cuda", "cpu"))
+        monkeypatch.setattr("hf_tree_cache.integration.late_ends.LATE_ON", ("cuda", "cpu"))
         monkeypatch.setattr(torch, "Event", NoEvent)
     return request.param
 

@@ -16,8 +16,10 @@ from torch import distributed
 from transformers import PreTrainedModel
 from transformers.generation import utils as stock
 
-from ..sending import works_ahead
 from .cache import TreeCache
+
+LATE_ON = ("cuda",)
+"""Devices where an enabled model looks late; where transformers does by itself, anyway."""
 
 METHODS = {
     "_get_logits_processor": ("logits_processor", "prefix_allowed_tokens_fn"),
@@ -111,7 +113,7 @@ def _make_check(base: Any) -> Any:
         def is_supported(device: torch.device, cache: Any, *args: Any, **kwargs: Any) -> bool:
             if base.is_supported(device, cache, *args, **kwargs):
                 return True
-            if not works_ahead(device) or not any(late.allows(cache) for late in own.asked):
+            if device.type not in LATE_ON or not any(late.allows(cache) for late in own.asked):
                 return False
             # All else that transformers demands of an Apple GPU.
             return base.is_supported(torch.device("mps"), cache, *args, **kwargs)
