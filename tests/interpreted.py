@@ -31,6 +31,7 @@ from test_expert_units import error_of as error_of_experts
 from test_forward import (
     CASES,
     FORMS,
+    LAUNCHES,
     TOLERANCE,
     draw,
     error_of,
@@ -38,6 +39,7 @@ from test_forward import (
     error_of_gated_product,
     error_of_norm,
     error_of_rotary,
+    launches_of,
     turns_found,
 )
 from torch._dynamo.utils import counters
@@ -278,6 +280,10 @@ def run_forward() -> list[str]:
     expected = {name: [turn] for name, (_, turn) in FORMS.items()}
     if turns != {**expected, "no": []}:
         wrong.append(f"rotary embeddings are taken for {turns}")
+    with pytest.MonkeyPatch.context() as patch:
+        launches = {name: launches_of(name, torch.float16, "cpu", patch) for name in LAUNCHES}
+    if launches != LAUNCHES:
+        wrong.append(f"launches of norms, and of rotations with and without: {launches}")
     return wrong
 
 

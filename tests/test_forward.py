@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
+from hf_tree_cache.forward import small
 from hf_tree_cache.forward.linear import (
     ACTIVATIONS,
     MOST_ROWS,
@@ -26,7 +26,7 @@ from hf_tree_cache.forward.linear import (
     find_obstacle,
 )
 from hf_tree_cache.forward.rotary import HALVES, Rotation, Turn, make_rotary
-from hf_tree_cache.forward.small import Sum, activate, gated_product, rms_norm
+from hf_tree_cache.forward.small import Sum, activate, gated_product, make_norm, rms_norm
 from hf_tree_cache.integration import gated as gated_module
 from hf_tree_cache.integration import linears as linears_module
 from hf_tree_cache.integration.gated import GatedUnits, find_style
@@ -364,34 +364,33 @@ def test_norms_take_the_sum_before_them_along(monkeypatch):
         taken.append(added is not None)
         return rms_norm(x, weight, eps, more=more, added=added)
 
-    module = sys.modules[SmallSteps.__module__]
-    monkeypatch.setattr(module, "rms_norm", counted)
+    # Where the kernel does not serve, norms do not wait themselves.
+    for user in (Pending, SmallSteps):
+        monkeypatch.setattr(sys.modules[user.__module__], "rms_norm", counted)
     with steps.switched():
         got = model(ids).logits
-    monkeypatch.setattr(module, "Pending", lambda sizes: nullcontext())
-    monkeypatch.setattr(SmallSteps, "_take", lambda self, x: None)
+    monkeypatch.setattr(sys.modules[SmallSteps.__module__], "Pending", AtOnce)
     with steps.switched():
         want = model(ids).logits
-    # All but the first, which is of embeddings; then none.
-    norms = 2 * model.config.num_hidden_layers + 1
-    assert taken == [False] + [True] * (norms - 1) + [False] * norms
+    # All but the first, which is of embeddings.
+    assert taken == [False] + [True] * 2 * model.config.num_hidden_layers
     assert torch.equal(got, want)
 
 
 @torch.no_grad()
 def test_a_sum_that_no_norm_takes_is_written_before_anyone_reads_it():
     x, y = torch.randn(2, 3, 1, 8, dtype=torch.bfloat16)
-    with Sums() as written, Pending({8}) as sums:
+    weight = torch.ones(8, dtype=torch.bfloat16)
+    with Sums() as written, Pending({8}) as pending:
         first = x + y
         assert written.count == 0
+        assert first.view(3, 8).shape == (3, 8) and written.count == 0  # reads nothing
         second = first * 2
         assert written.count == 1
         third = x + y
-        added = sums.take_sum(third)
-        assert added is not None and sums.take_sum(third) is None
-        added.write()
+        fourth = pending.norm(third, weight, 1e-6, 0.0)
+        assert written.count == 2
         left = x + y
-        assert sums.take_sum(first) is None
         for other in (x.float() + y.float(), x[:, 0] + y[:, 0], x[..., :4] + y[..., :4], x + 1):
             assert other.shape
         assert written.count == 3 + 4
@@ -400,6 +399,7 @@ def test_a_sum_that_no_norm_takes_is_written_before_anyone_reads_it():
     for got, want in ((first, x + y), (second, (x + y) * 2), (third, x + y), (left, x + y)):
         assert torch.equal(got, want)
     assert torch.equal(last, x + (x + y))
+    assert torch.equal(fourth, rms_norm(x + y, weight, 1e-6))
 
 
 class Noted(Rotation):
@@ -425,13 +425,111 @@ def test_a_rotation_waits_for_the_next_operator_or_for_whoever_takes_it():
         pending.hold(one)
         pending.hold(other)  # one thing waits at a time
         assert len(written) == 1
-        assert pending.take_sum(other.k_out) is None and len(written) == 1
         # Those who store other keys may have been given the waiting queries.
         assert pending.take_rotation(one.k_out) is None and len(written) == 2
         pending.hold(one)
-        assert one.q_out.view(-1).shape == (8,) and len(written) == 3
+        assert one.q_out.view(-1).shape == (8,) and len(written) == 2  # reads nothing
+        assert one.q_out.add(1).shape == (2, 1, 1, 4) and len(written) == 3
         pending.hold(other)
     assert len(written) == 4
+
+
+class AtOnce(Pending):
+    """Nothing waits."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+    def norm(self, x, weight, eps, more):
+        return rms_norm(x, weight, eps, more=more)
+
+    def hold(self, rotation):
+        rotation.write()
+
+
+LAUNCHES = {
+    # of norms, of rotations with norms and without; of three layers
+    "llama": (7, 0, 3),
+    "qwen3": (7, 3, 0),
+    "gemma2": (7, 0, 3),
+    "gemma3": (7, 3, 0),
+    "olmo2": (12, 0, 3),
+}
+"""One before each layer's attention, one before its unit, one at the end, with the norms behind
+both. OLMo 2 has those only, and norms of queries and keys over all heads."""
+
+
+@torch.no_grad()
+def launches_of(name, dtype, device, monkeypatch):
+    """Launches of small steps of a decode step, which by being fewer change roundings at most."""
+    model = build(name, dtype).to(device)
+    inputs = {"input_ids": torch.tensor([[5], [6], [7]], device=device)}
+    inputs["position_ids"] = torch.zeros_like(inputs["input_ids"])
+    linears = DecodeLinears(model.modules(), join=False)  # Q, K and V together
+    steps, module = SmallSteps(model.modules()), sys.modules[SmallSteps.__module__]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "Pending", AtOnce)
+        with linears.switched(), steps.switched():
+            want = model(**inputs, output_hidden_states=True)
+    norms, rotations = [], []
+    launch, write = small._launch, Rotation.write
+    with monkeypatch.context() as patch:
+        patch.setattr(small, "_launch", lambda *given: norms.append(launch(*given)))
+        patch.setattr(
+            Rotation, "write", lambda self: rotations.append(self.norms is None) or write(self)
+        )
+        with linears.switched(), steps.switched():
+            got = model(**inputs, output_hidden_states=True)
+    pairs = [(got.logits, want.logits), *zip(got.hidden_states, want.hidden_states, strict=True)]
+    for one, other in pairs:
+        if any(each is False for each in rotations):  # squares are added up in another order
+            assert (one - other).abs().max() <= 2**-6 * other.abs().max()
+        else:
+            assert torch.equal(one, other)
+    return len(norms), rotations.count(False), rotations.count(True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_small_steps_that_wait_for_each_other_change_nothing(name, monkeypatch):
+    assert launches_of(name, torch.bfloat16, "cuda", monkeypatch) == LAUNCHES[name]
+
+
+@torch.no_grad()
+def test_norms_wait_for_their_rotation_or_for_the_next_operator(monkeypatch):
+    monkeypatch.setattr(small, "serves", lambda x: True)
+    written = []
+    monkeypatch.setattr(small, "_launch", lambda added, norm: written.append(norm.out))
+    x, weight = torch.randn(2, 1, 24, 4), torch.ones(4)
+
+    def of_heads(first, last, transposed=False):
+        heads = x[:, :, first:last]
+        out = pending.norm(heads.transpose(1, 2) if transposed else heads, weight, 1e-6, 0.0)
+        return out if transposed else out.transpose(1, 2)
+
+    def rotate(q, k):
+        rotation = Rotation(q, k, weight, weight, torch.empty(q.shape), torch.empty(k.shape))
+        pending.hold(rotation)
+        return pending.take_rotation(rotation.k_out).norms
+
+    with Pending({8}) as pending:
+        for transposed in (False, True):
+            q, k = of_heads(0, 16, transposed), of_heads(16, 24, transposed)
+            assert not written
+            norms = rotate(q, k)
+            assert norms is not None and not written
+            assert [norm.out.data_ptr() for norm in norms] == [q.data_ptr(), k.data_ptr()]
+        q = of_heads(0, 16)
+        k = of_heads(0, 16)
+        # Of a norm that still waits; of the wrong ones; of one only; of keys that went on.
+        again = pending.norm(q.transpose(1, 2), weight, 1e-6, 0.0)
+        assert len(written) == 2
+        assert rotate(k, q) is None and written[2] is again
+        assert rotate(of_heads(0, 16), q) is None and len(written) == 4
+        assert rotate(of_heads(0, 16), of_heads(16, 24)[:, 1:]) is None and len(written) == 6
+        # Whoever else asks sees it.
+        of_heads(0, 16).neg()
+        assert len(written) == 7
 
 
 def test_a_sum_is_written_where_the_kernel_does_not_serve_its_norm(monkeypatch):
@@ -544,10 +642,23 @@ def error_of_norm(dtype, device):
         got = rms_norm(added.out, weight, 1e-5, added=added)
         assert torch.equal(added.out, added.first + added.second)
         assert torch.equal(got, rms_norm(added.out, weight, 1e-5))
-    # Heads of one product for these and others.
+        # A sum with a norm, written by itself and by the norm behind it.
+        other = torch.randn(shape[-1]).to(dtype).to(device)
+        one, more_after = rms_norm(x, other, 1e-6, more=1.0), (0.0, 1.0)
+        for last in (None, *more_after):
+            first = make_norm(x, other, 1e-6, 1.0)
+            added = Sum(x / 3, first.out, torch.empty_like(x), first)
+            if last is None:
+                added.write()
+            else:
+                got = rms_norm(added.out, weight, 1e-5, more=last, added=added)
+                assert torch.equal(got, rms_norm(x / 3 + one, weight, 1e-5, more=last))
+            assert torch.equal(first.out, one) and torch.equal(added.out, x / 3 + one)
+    # Heads of one product for these and others, as they come and transposed; a part of a row.
     joined = torch.randn(3, 1, 7 * 24).to(dtype).to(device)
     heads = joined[..., 48:120].unflatten(-1, (3, 24))
-    assert torch.equal(rms_norm(heads, weight, 1e-5), rms_norm(heads.contiguous(), weight, 1e-5))
+    for part in (heads, heads.transpose(1, 2), joined[..., 48:72], joined[..., ::7]):
+        assert torch.equal(rms_norm(part, weight, 1e-5), rms_norm(part.contiguous(), weight, 1e-5))
     return worst
 
 
@@ -584,6 +695,28 @@ def store(rotation):
     assert all(torch.equal(one, other) for one, other in zip(planes, expected, strict=True))
 
 
+def behind_norms(q, k, cos, sin, turn, refused):
+    """Norms that have still to be written, and then the rotation, are as one after the other."""
+    size = q.shape[3]
+    weights = 1 + torch.randn(2, size).to(q)
+    for more in (0.0, 1.0):
+        for write in (Rotation.write, store):
+
+            def launch(rotation, norms, write=write):
+                rotation = rotation.behind(norms)
+                assert rotation is not None
+                write(rotation)
+
+            norms = [make_norm(x, w, 1e-5, more) for x, w in zip((q, k), weights, strict=True)]
+            fused = make_rotary(refused, lambda rotation, n=norms: launch(rotation, n), turn)
+            got = fused(*(norm.out for norm in norms), cos, sin)
+            want = [rms_norm(x, w, 1e-5, more=more) for x, w in zip((q, k), weights, strict=True)]
+            for norm, one in zip(norms, want, strict=True):  # squares are added up in another order
+                assert (norm.out - one).abs().max() <= torch.finfo(q.dtype).eps * one.abs().max()
+            want = make_rotary(refused, turn=turn)(*(norm.out for norm in norms), cos, sin)
+            assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+
+
 def error_of_rotary(dtype, device):
     torch.manual_seed(0)
 
@@ -605,6 +738,7 @@ def error_of_rotary(dtype, device):
                 got = make_rotary(refused, turn=turn)(q, k, cos, sin)
                 again = make_rotary(refused, store, turn)(q, k, cos, sin)
                 assert all(torch.equal(one, other) for one, other in zip(got, again, strict=True))
+                behind_norms(q, k, cos, sin, turn, refused)
                 exact = (x.double() for x in (q, k, cos, sin))
                 want = (interleaved_by_first if form is widened else form)(*exact)
                 for one, other in zip(got, want, strict=True):

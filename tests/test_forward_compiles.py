@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -78,6 +79,12 @@ def test_small_steps_fit(arch: str, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     small.rms_norm(x, torch.empty(small.MOST_SIZE, dtype=x.dtype), 1e-6, added=added)
     assert launched.options["ADD"]
     check(arch, kernel, launched, tmp_path)
+    weight = torch.empty(small.MOST_SIZE, dtype=x.dtype)
+    added = small.Sum(x, x, torch.empty_like(x), small.make_norm(x, weight, 1e-6, 1.0))
+    for norm in (None, small.make_norm(x, weight, 1e-6, 0.0)):
+        added.write() if norm is None else norm.write(added)
+        assert launched.options["FIRST"] and launched.options["LAST"] == (norm is not None)
+        check(arch, kernel, launched, tmp_path)
     kernel, launched = small.gated_product_kernel, Kernel()
     monkeypatch.setattr(small, "gated_product_kernel", launched)
     for activation in linear.ACTIVATIONS:
@@ -87,8 +94,9 @@ def test_small_steps_fit(arch: str, monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_80", "gfx942"])
 def test_rotary_fits(arch: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(rotary, "serves", lambda x: True)
-    monkeypatch.setattr(rotary, "can_overlap", lambda device: arch in OVERLAPPING)
+    for module in (rotary, small):
+        monkeypatch.setattr(module, "serves", lambda x: True)
+        monkeypatch.setattr(module, "can_overlap", lambda device: arch in OVERLAPPING)
     kernel, launched = rotary.rotary_kernel, Kernel()
     monkeypatch.setattr(rotary, "rotary_kernel", launched)
     bf16 = torch.bfloat16
@@ -109,4 +117,15 @@ def test_rotary_fits(arch: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         check(arch, kernel, launched, tmp_path)
         rotary.make_rotary(refused, lambda rotation: rotation.write(k, slots), turn)(q, k, cos, sin)
         assert launched.options["STORE"]
+        check(arch, kernel, launched, tmp_path)
+        norms = [small.make_norm(x, x.new_empty(128), 1e-6, 1.0) for x in (q, k)]
+
+        def behind(rotation: rotary.Rotation, norms: Sequence[small.Norm | None] = norms) -> None:
+            fused = rotation.behind([norm for norm in norms if norm is not None])
+            assert fused is not None
+            fused.write(k, slots)
+
+        normed = [norm.out for norm in norms if norm is not None]
+        rotary.make_rotary(refused, behind, turn)(*normed, cos, sin)
+        assert launched.options["NORMED"]
         check(arch, kernel, launched, tmp_path)

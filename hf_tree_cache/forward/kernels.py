@@ -121,21 +121,28 @@ def _ask(p_rows, COLUMNS: tl.constexpr):
 
 @triton.jit
 def rms_norm_kernel(
-    p_x,  # [rows, SIZE], groups of HEADS rows any stride apart
-    p_other,  # as p_x, added first
-    p_weight,  # [SIZE]
-    p_sum,  # [rows, SIZE], what is normed
-    p_y,
-    stride_x,
+    p_x,  # [rows, SIZE], in groups of HEADS rows
+    p_first_weight,  # [SIZE]; x is normed first, and added then, if FIRST
+    p_first,  # [rows, SIZE]
+    p_other,  # [rows, SIZE], added, if ADD
+    p_sum,  # [rows, SIZE]
+    p_weight,  # [SIZE]; of what is there then, if LAST
+    p_y,  # [rows, SIZE]
+    stride_x,  # between groups
+    stride_h,  # between rows of a group
+    first_eps,
     eps,
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
     HEADS: tl.constexpr,
+    FIRST: tl.constexpr,
     ADD: tl.constexpr,
-    MORE: tl.constexpr,  # than the weight
+    LAST: tl.constexpr,
+    FIRST_MORE: tl.constexpr,  # than the weight
+    MORE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """A program a row, in float32."""
+    """A program a row, in float32; what is kept on the way is rounded as it is kept."""
     o_n = tl.arange(0, PADDED)
     m_n = o_n < SIZE
     if OVERLAP:
@@ -143,17 +150,28 @@ def rms_norm_kernel(
         gdc_launch_dependents()
     i_row = tl.program_id(0).to(tl.int64)
     p_row = i_row * SIZE + o_n
-    p_from = i_row // HEADS * stride_x + i_row % HEADS * SIZE + o_n
-    b_x = tl.load(p_x + p_from, mask=m_n, other=0.0).to(tl.float32)
+    p_from = p_x + i_row // HEADS * stride_x + i_row % HEADS * stride_h + o_n
+    b_x = tl.load(p_from, mask=m_n, other=0.0).to(tl.float32)
+    if FIRST:
+        b_weight = tl.load(p_first_weight + o_n, mask=m_n, other=0.0).to(tl.float32) + FIRST_MORE
+        b_first = normed(b_x, b_weight, first_eps, SIZE).to(p_first.dtype.element_ty)
+        tl.store(p_first + p_row, b_first, mask=m_n)
+        b_x = b_first.to(tl.float32)
     if ADD:
-        b_x += tl.load(p_other + p_from, mask=m_n, other=0.0).to(tl.float32)
-        # Rounded as it is kept.
+        b_x += tl.load(p_other + p_row, mask=m_n, other=0.0).to(tl.float32)
         b_sum = b_x.to(p_sum.dtype.element_ty)
         tl.store(p_sum + p_row, b_sum, mask=m_n)
         b_x = b_sum.to(tl.float32)
-    b_weight = tl.load(p_weight + o_n, mask=m_n, other=0.0).to(tl.float32) + MORE
-    scale = tl.math.rsqrt(tl.sum(b_x * b_x, 0) / SIZE + eps)
-    tl.store(p_y + p_row, (b_x * scale * b_weight).to(p_y.dtype.element_ty), mask=m_n)
+    if LAST:
+        b_weight = tl.load(p_weight + o_n, mask=m_n, other=0.0).to(tl.float32) + MORE
+        b_y = normed(b_x, b_weight, eps, SIZE).to(p_y.dtype.element_ty)
+        tl.store(p_y + p_row, b_y, mask=m_n)
+
+
+@triton.jit
+def normed(b_x, b_weight, eps, SIZE: tl.constexpr):
+    """By the root of the mean square of its SIZE numbers; others are 0."""
+    return b_x * tl.math.rsqrt(tl.sum(b_x * b_x, 0) / SIZE + eps) * b_weight
 
 
 @triton.jit
@@ -185,6 +203,10 @@ def gated_product_kernel(
 def rotary_kernel(
     p_q,  # [rows, Hq, D], any strides but 1 for the last
     p_k,  # [rows, Hkv, D]
+    p_q_weight,  # [D]; of norms that come first, if NORMED
+    p_k_weight,
+    p_q_normed,  # [rows, Hq, D]
+    p_k_normed,
     p_cos,  # [rows, ANGLES]
     p_sin,
     p_q_out,  # [rows, Hq, D]
@@ -202,6 +224,8 @@ def rotary_kernel(
     stride_kh,
     stride_vb,
     stride_vh,
+    q_eps,
+    k_eps,
     HQ: tl.constexpr,
     HKV: tl.constexpr,
     D: tl.constexpr,
@@ -217,11 +241,13 @@ def rotary_kernel(
     ANGLE_STEP: tl.constexpr,
     ANGLE_GAP: tl.constexpr,  # 0 where both have the same
     RESTP: tl.constexpr,  # D - 2 * PAIRS, numbers that stay as they are, padded; 0 for none
+    NORMED: tl.constexpr,
+    MORE: tl.constexpr,  # than the weight
     S: tl.constexpr,
     STORE: tl.constexpr,  # keys, and values as they are
     OVERLAP: tl.constexpr,
 ):
-    """Rotates pairs of numbers of each head; a program a row and tensor."""
+    """Rotates pairs of numbers of each head, normed or as it is; a program a row and tensor."""
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
@@ -235,10 +261,36 @@ def rotary_kernel(
     m_x = (o_h < num_heads) & m_d
     p_head = tl.where(is_q, p_q + i_row * stride_qb, p_k + i_row * stride_kb)
     p_head = p_head + o_h * tl.where(is_q, stride_qh, stride_kh)
-    p_y = tl.where(is_q, p_q_out, p_k_out) + (i_row * num_heads + o_h) * D
+    p_to = (i_row * num_heads + o_h) * D
+    p_y = tl.where(is_q, p_q_out, p_k_out) + p_to
     p_angle = i_row * ANGLES + o_pair * ANGLE_STEP
     b_first = tl.load(p_head + o_d, mask=m_x, other=0.0).to(tl.float32)
     b_second = tl.load(p_head + o_d + GAP, mask=m_x, other=0.0).to(tl.float32)
+    if RESTP:
+        o_rest = 2 * PAIRS + tl.arange(0, RESTP)[None, :]
+        m_rest = (o_h < num_heads) & (o_rest < D)
+        b_rest = tl.load(p_head + o_rest, mask=m_rest, other=0.0)
+    if NORMED:
+        p_w = tl.where(is_q, p_q_weight, p_k_weight)
+        p_n = tl.where(is_q, p_q_normed, p_k_normed) + p_to
+        dtype = p_q_normed.dtype.element_ty
+        b_square = tl.sum(b_first * b_first + b_second * b_second, 1)
+        if RESTP:
+            b_square += tl.sum(b_rest.to(tl.float32) * b_rest.to(tl.float32), 1)
+        b_scale = tl.math.rsqrt(b_square / D + tl.where(is_q, q_eps, k_eps))[:, None]
+        # Rounded as they are kept.
+        b_w = tl.load(p_w + o_d, mask=m_d, other=0.0).to(tl.float32) + MORE
+        b_n = (b_first * b_scale * b_w).to(dtype)
+        tl.store(p_n + o_d, b_n, mask=m_x)
+        b_first = b_n.to(tl.float32)
+        b_w = tl.load(p_w + o_d + GAP, mask=m_d, other=0.0).to(tl.float32) + MORE
+        b_n = (b_second * b_scale * b_w).to(dtype)
+        tl.store(p_n + o_d + GAP, b_n, mask=m_x)
+        b_second = b_n.to(tl.float32)
+        if RESTP:
+            b_w = tl.load(p_w + o_rest, mask=o_rest < D, other=0.0).to(tl.float32) + MORE
+            b_rest = (b_rest.to(tl.float32) * b_scale * b_w).to(dtype)
+            tl.store(p_n + o_rest, b_rest, mask=m_rest)
     b_cos = tl.load(p_cos + p_angle, mask=m_d, other=0.0).to(tl.float32)
     b_sin = tl.load(p_sin + p_angle, mask=m_d, other=0.0).to(tl.float32)
     b_y = (b_first * b_cos - b_second * b_sin).to(p_q_out.dtype.element_ty)
@@ -249,9 +301,6 @@ def rotary_kernel(
     b_z = (b_second * b_cos + b_first * b_sin).to(p_q_out.dtype.element_ty)
     tl.store(p_y + o_d + GAP, b_z, mask=m_x)
     if RESTP:
-        o_rest = 2 * PAIRS + tl.arange(0, RESTP)[None, :]
-        m_rest = (o_h < num_heads) & (o_rest < D)
-        b_rest = tl.load(p_head + o_rest, mask=m_rest)
         tl.store(p_y + o_rest, b_rest, mask=m_rest)
     if STORE:
         num_rows = tl.load(p_num_rows)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from ..memory.scatter import Slots
 from ..overlap import can_overlap, launch_options
 from .kernels import rotary_kernel
-from .small import serves
+from .small import Norm, serves
 
 Rotary = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -58,6 +58,7 @@ class Rotation:
         cos, sin: ``[B, 1, angles]`` contiguous.
         q_out, k_out: where to, contiguous.
         turn: how.
+        norms: those that ``q`` and ``k`` stand for, if they have not been written.
     """
 
     q: torch.Tensor
@@ -67,10 +68,20 @@ class Rotation:
     q_out: torch.Tensor
     k_out: torch.Tensor
     turn: Turn = HALVES
+    norms: tuple[Norm, Norm] | None = None
+
+    def behind(self, norms: Sequence[Norm]) -> Rotation | None:
+        """This one, of what two norms have still to write; None if it is not of their results."""
+        if len(norms) != 2 or norms[0].more != norms[1].more:
+            return None
+        if not all(map(_is_of, (self.q, self.k), norms)):
+            return None
+        return replace(self, norms=(norms[0], norms[1]))
 
     def write(self, values: torch.Tensor | None = None, slots: Slots | None = None) -> None:
         """Rotate; with ``values [B, Hkv, 1, Dv]``, also store these and the keys in ``slots``."""
         q, k = self.q, self.k
+        strides = [q.stride(0), q.stride(1), k.stride(0), k.stride(1)]
         rows, num_q_heads, _, size = q.shape
         num_kv_heads = k.shape[1]
         heads, num_angles = max(num_q_heads, num_kv_heads), self.cos.shape[2]
@@ -79,21 +90,37 @@ class Rotation:
         step, gap = (2, 1) if interleaved else (1, pairs)
         v = k if values is None else values
         v = v if v.stride(3) == 1 else v.contiguous()
+        # What is not used stands for what is not needed.
+        normed, more = (q, k, q, k, 0.0, 0.0), 0.0
+        if self.norms is not None:
+            of_q, of_k = self.norms
+            q, k, more = of_q.x, of_k.x, of_q.more
+            normed = (of_q.weight, of_k.weight, of_q.out, of_k.out, of_q.eps, of_k.eps)
+            strides = [*of_q.layout[1:], *of_k.layout[1:]]
         overlap = can_overlap(q.device)
         with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
             rotary_kernel[(rows, 2)](
-                q, k, self.cos, self.sin, self.q_out, self.k_out, v,
+                q, k, *normed[:4], self.cos, self.sin, self.q_out, self.k_out, v,
                 *((k, k, k, k, k, k) if slots is None else slots[:-1]),
-                q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+                *strides, v.stride(0), v.stride(1), *normed[4:],
                 HQ=num_q_heads, HKV=num_kv_heads, D=size, DV=v.shape[3],
                 HEADS=1 << (heads - 1).bit_length(), HKVP=1 << (num_kv_heads - 1).bit_length(),
                 DVP=1 << (v.shape[3] - 1).bit_length(), PAIRS=pairs, STEP=step, GAP=gap,
                 PAIRSP=1 << (pairs - 1).bit_length(), ANGLES=num_angles,
                 ANGLE_STEP=step if angles == "own" else 1, ANGLE_GAP=gap if angles == "own" else 0,
                 RESTP=1 << (size - 2 * pairs - 1).bit_length() if 2 * pairs < size else 0,
+                NORMED=self.norms is not None, MORE=more,
                 S=1 if slots is None else slots.block_size, STORE=slots is not None,
                 OVERLAP=overlap, num_warps=4, **launch_options(overlap),
             )  # fmt: skip
+
+
+def _is_of(heads: torch.Tensor, norm: Norm) -> bool:
+    """Whether ``heads [B, H, 1, D]`` are what ``norm`` has still to write."""
+    _, count, _, size = heads.shape
+    as_written = heads.stride(0) == count * size and heads.stride(1) == size
+    same = heads.data_ptr() == norm.out.data_ptr() and heads.shape.numel() == norm.out.numel()
+    return same and as_written and len(norm.weight) == size and norm.layout.heads == count
 
 
 def make_rotary(

@@ -1,9 +1,10 @@
-"""RMS norm and gated product: one launch each where served, else torch's way."""
+"""RMS norm, also of a sum, and gated product: one launch where served, else torch's way."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -21,16 +22,76 @@ TILE = 2048
 HALF = (torch.bfloat16, torch.float16)
 
 
+class Layout(NamedTuple):
+    """Where the rows of a tensor lie whose last stride is 1.
+
+    Attributes:
+        heads: rows of a group.
+        stride: between groups.
+        head_stride: between rows of a group.
+    """
+
+    heads: int
+    stride: int
+    head_stride: int
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> Layout | None:
+        """Of one token a group, ``[B, 1, N]``, ``[B, 1, H, N]`` or ``[B, H, 1, N]``, or of all."""
+        size = x.shape[-1]
+        if x.stride(-1) == 1 and x.ndim == 3 and x.shape[1] == 1:
+            return cls(1, x.stride(0), size)
+        if x.stride(-1) == 1 and x.ndim == 4 and 1 in x.shape[1:3]:
+            dim = 2 if x.shape[1] == 1 else 1
+            return cls(x.shape[dim], x.stride(0), x.stride(dim))
+        return cls(1, size, size) if x.is_contiguous() else None
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """An RMS norm that has still to be written to ``out``, contiguous and shaped as ``x``."""
+
+    x: torch.Tensor
+    layout: Layout
+    weight: torch.Tensor
+    eps: float
+    more: float
+    out: torch.Tensor
+
+    def write(self, added: Sum | None = None) -> None:
+        """With the sum that it is of, if that has not been written."""
+        _launch(added, self)
+
+
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """``first + second``, of one shape, contiguous, that has still to be written to ``out``."""
+    """``first + second``, of one shape, contiguous, that has still to be written to ``out``.
+
+    Attributes:
+        normed: the norm that ``second`` stands for, if that has not been written.
+    """
 
     first: torch.Tensor
     second: torch.Tensor
     out: torch.Tensor
+    normed: Norm | None = None
 
     def write(self) -> None:
-        torch.add(self.first, self.second, out=self.out)
+        if self.normed is None:
+            torch.add(self.first, self.second, out=self.out)
+        else:
+            _launch(self, None)
+
+
+def make_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, more: float) -> Norm | None:
+    """Of the last dimension of ``x``, times ``weight [N] + more``; None where it is not served."""
+    if not serves(x) or x.dtype != weight.dtype or len(weight) > MOST_SIZE:
+        return None
+    layout = Layout.of(x)
+    if layout is None:
+        x, layout = x.contiguous(), Layout(1, len(weight), len(weight))
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return Norm(x, layout, weight, eps, more, out)
 
 
 def rms_norm(
@@ -46,30 +107,42 @@ def rms_norm(
     Args:
         added: the sum that ``x`` stands for, if it has not been written; this does.
     """
-    if not serves(x) or x.dtype != weight.dtype or len(weight) > MOST_SIZE:
-        if added is not None:
-            added.write()
-        if more:
-            wide = torch.promote_types(x.dtype, torch.float32)
-            scale = weight.to(wide) + more
-            return nn.functional.rms_norm(x.to(wide), weight.shape, scale, eps).to(x.dtype)
-        return nn.functional.rms_norm(x, weight.shape, weight, eps)
-    size = len(weight)
-    heads, stride = 1, size
-    if x.ndim == 4 and x.shape[1] == 1 and x.stride()[2:] == (size, 1) and added is None:
-        heads, stride = x.shape[2], x.stride(0)  # of a product for more than these heads
+    norm = make_norm(x, weight, eps, more)
+    if norm is not None:
+        norm.write(added)
+        return norm.out
+    if added is not None:
+        added.write()
+    if more:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        scale = weight.to(wide) + more
+        return nn.functional.rms_norm(x.to(wide), weight.shape, scale, eps).to(x.dtype)
+    return nn.functional.rms_norm(x, weight.shape, weight, eps)
+
+
+def _launch(added: Sum | None, last: Norm | None) -> None:
+    """A norm, a sum, or both, and the norm before the sum: whatever of these is to be written."""
+    first = None if added is None else added.normed
+    # What is not used stands for what is not needed.
+    if first is not None:
+        x, layout, any_norm = first.x, first.layout, first
     else:
-        x = x.contiguous()
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        assert last is not None
+        x, layout, any_norm = last.x, last.layout, last
+        x = x if added is None else added.second
+    size = len(any_norm.weight)
+    before, after = first or any_norm, last or any_norm
     overlap = can_overlap(x.device)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         rms_norm_kernel[(x.numel() // size,)](
-            *((x, x) if added is None else (added.first, added.second)), weight, x, y, stride, eps,
-            SIZE=size, PADDED=1 << (size - 1).bit_length(), HEADS=heads, ADD=added is not None,
-            MORE=more, OVERLAP=overlap, num_warps=8 if size > 1024 else 4 if size > 256 else 1,
-            **launch_options(overlap),
+            x, before.weight, before.out,
+            *((x, x) if added is None else (added.first, added.out)), after.weight, after.out,
+            layout.stride, layout.head_stride, before.eps, after.eps,
+            SIZE=size, PADDED=1 << (size - 1).bit_length(), HEADS=layout.heads,
+            FIRST=first is not None, ADD=added is not None, LAST=last is not None,
+            FIRST_MORE=before.more, MORE=after.more, OVERLAP=overlap,
+            num_warps=8 if size > 1024 else 4 if size > 256 else 1, **launch_options(overlap),
         )  # fmt: skip
-    return y
 
 
 def activate(x: torch.Tensor, activation: str) -> torch.Tensor:

@@ -1,23 +1,37 @@
-"""Pending: a sum or a rotation waits for the next operator, in case a kernel takes it along."""
+"""Pending: norms, sums and rotations wait for the next operator, in case a kernel takes them."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..forward.rotary import Rotation
-from ..forward.small import HALF, Sum
+from ..forward.small import HALF, Norm, Sum, make_norm, rms_norm
+
+_Kind = TypeVar("_Kind", Norm, Sum, Rotation)
+
+READ_NOTHING = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten._unsafe_view.default,
+}
+"""Operators beside views that look at no values."""
 
 
 class Pending(TorchDispatchMode):
     """Within, what waits is written when the next operator runs, or by the kernel that takes it.
 
-    That is ``x + y`` of hidden states, which their norm takes along, and a rotation, which the
-    kernel that stores its keys does. Nobody sees the difference: whatever reads the results through
-    an operator comes after it.
+    - ``x + y`` of hidden states, with the norm of ``y``, if that waits: their own norm takes both;
+    - norms of queries and keys: a rotation takes them;
+    - a rotation: the kernel that stores its keys takes it.
+
+    Each is written somewhere in any case, and nobody sees the difference: whatever reads the
+    results through an operator comes after it. Views may be taken before.
 
     Args:
         sizes: of the hidden states that norms take.
@@ -26,7 +40,7 @@ class Pending(TorchDispatchMode):
     def __init__(self, sizes: Collection[int]) -> None:
         super().__init__()
         self._sizes = frozenset(sizes)
-        self._waiting: Sum | Rotation | None = None
+        self._waiting: list[Norm | Sum | Rotation] = []
 
     def __torch_dispatch__(
         self,
@@ -35,45 +49,78 @@ class Pending(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        self.write()
+        if getattr(func, "is_view", False) or func in READ_NOTHING:
+            return func(*args, **(kwargs or {}))
         if func is torch.ops.aten.add.Tensor and not kwargs and self._may_wait(*args):
-            first, second = args
-            out = torch.empty_like(first)
-            self._waiting = Sum(first, second, out)
-            return out
+            return self._hold_sum(*args)
+        self.write()
         return func(*args, **(kwargs or {}))
 
-    def hold(self, rotation: Rotation) -> None:
-        """Let ``rotation`` wait; what waited before is written."""
-        self.write()
-        self._waiting = rotation
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, more: float) -> torch.Tensor:
+        """As :func:`rms_norm`; may wait."""
+        added = self._take(Sum, x)
+        norm = make_norm(x, weight, eps, more)
+        if norm is None:
+            return rms_norm(x, weight, eps, more=more, added=added)
+        if added is not None:
+            norm.write(added)
+            return norm.out
+        if not self._may_join(norm):
+            self.write()
+        self._waiting.append(norm)
+        return norm.out
 
-    def take_sum(self, x: torch.Tensor) -> Sum | None:
-        """The sum that ``x`` stands for, if it has still to be written: by the caller."""
-        waiting = self._waiting
-        if not isinstance(waiting, Sum) or waiting.out is not x:
-            return None
-        self._waiting = None
-        return waiting
+    def hold(self, rotation: Rotation) -> None:
+        """Let ``rotation`` wait, with the norms before it; what else waited before is written."""
+        norms = [each for each in self._waiting if isinstance(each, Norm)]
+        behind = rotation.behind(norms)
+        if behind is None:
+            self.write()
+        self._waiting = [behind or rotation]
 
     def take_rotation(self, keys: torch.Tensor) -> Rotation | None:
         """What ``keys`` come from, if they have still to be written: by the caller."""
-        waiting = self._waiting
-        if not isinstance(waiting, Rotation) or waiting.k_out is not keys:
+        rotation = self._take(Rotation, keys)
+        if rotation is None:
             self.write()
-            return None
-        self._waiting = None
-        return waiting
+        return rotation
 
     def write(self) -> None:
         """Write what waits."""
-        if self._waiting is not None:
-            waiting, self._waiting = self._waiting, None
-            waiting.write()
+        waiting, self._waiting = self._waiting, []
+        for each in waiting:
+            each.write()
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         self.write()
+
+    def _take(self, kind: type[_Kind], result: torch.Tensor) -> _Kind | None:
+        """What ``result`` stands for, if that waits, alone, and is of that kind."""
+        for each in self._waiting if len(self._waiting) == 1 else []:
+            if isinstance(each, kind) and _result(each) is result:
+                self._waiting = []
+                return each
+        return None
+
+    def _hold_sum(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        normed = None
+        for one, other in ((second, first), (first, second)):
+            normed = None if one is other else self._take(Norm, one)
+            if normed is not None:
+                first, second = other, one
+                break
+        self.write()
+        out = torch.empty_like(first)
+        self._waiting = [Sum(first, second, out, normed)]
+        return out
+
+    def _may_join(self, norm: Norm) -> bool:
+        """Whether ``norm`` may wait beside what does: that of other heads of the same token."""
+        return norm.x.ndim == 4 and all(
+            isinstance(each, Norm) and each.x.ndim == 4 and not _share_memory(each.out, norm.x)
+            for each in self._waiting
+        )
 
     def _may_wait(self, first: Any, second: Any) -> bool:
         both = first, second
@@ -88,3 +135,11 @@ class Pending(TorchDispatchMode):
             and first.dtype in HALF
             and first.device == second.device
         )
+
+
+def _result(waiting: Norm | Sum | Rotation) -> torch.Tensor:
+    return waiting.k_out if isinstance(waiting, Rotation) else waiting.out
+
+
+def _share_memory(x: torch.Tensor, y: torch.Tensor) -> bool:
+    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()

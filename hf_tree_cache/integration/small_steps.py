@@ -18,7 +18,7 @@ from torch import nn
 from torch.func import functional_call
 
 from ..forward.rotary import ANGLES, Rotation, Turn, make_rotary
-from ..forward.small import HALF, Sum, rms_norm
+from ..forward.small import HALF, rms_norm
 from .pending import Pending
 from .trial import WITHIN, agree, is_untouched, made_up
 
@@ -38,8 +38,7 @@ class SmallSteps:
 
     Args:
         besides: modules to be left as they are, with the files that they come from. Where there
-            are none, a norm also computes the sum that it is of, and a rotation may wait for its
-            keys to be stored.
+            are none, norms, sums and rotations may wait for each other (:class:`.pending.Pending`).
     """
 
     def __init__(self, parts: Iterable[nn.Module], *, besides: Iterable[nn.Module] = ()) -> None:
@@ -78,8 +77,9 @@ class SmallSteps:
             for file, theirs, _ in self.rotaries:
                 setattr(file, ROTARY, theirs)
 
-    def _take(self, x: torch.Tensor) -> Sum | None:
-        return None if self._pending is None else self._pending.take_sum(x)
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, more: float) -> torch.Tensor:
+        norm = rms_norm if self._pending is None else self._pending.norm
+        return norm(x, weight, eps, more=more)
 
     def _rotate(self, rotation: Rotation) -> None:
         if self._pending is None:
@@ -115,7 +115,7 @@ class SmallSteps:
         def fused(hidden_states: torch.Tensor) -> torch.Tensor:
             weight = module._parameters["weight"]
             assert weight is not None
-            return rms_norm(hidden_states, weight, eps, more=more, added=self._take(hidden_states))
+            return self._norm(hidden_states, weight, eps, more)
 
         return fused if agree(module, fused, made_up(*shape, like=weight)) else None
 
