@@ -48,13 +48,14 @@ class Tile(NamedTuple):
 
 TILES = {
     # for up to 16, 32 and 64 rows; measured on an H200, see docs/log.md
+    "narrow": (Tile(16, 32, 256, 6), Tile(64, 16, 256, 4), Tile(64, 16, 256, 4)),
     "alone": (Tile(16, 32, 256, 6), Tile(64, 32, 128, 6), Tile(64, 32, 128, 6)),
     "large": (Tile(16, 64, 128, 6), Tile(64, 64, 128, 6), Tile(64, 64, 128, 6)),
     "wide": (Tile(16, 128, 128, 5), Tile(32, 128, 128, 4), Tile(64, 128, 128, 4)),
     "gated": (Tile(16, 64, 128, 5), Tile(32, 64, 128, 4), Tile(64, 64, 128, 4)),
     "uneven": (Tile(16, 64, 64, 4), Tile(32, 64, 64, 4), Tile(64, 64, 64, 4)),
 }
-"""By kind of layer: a program of 32, or of 64, outputs to a multiprocessor at most; more. Gated
+"""By kind of layer: a program of 16, of 32, or of 64 outputs to a multiprocessor at most; more. Gated
 ones, and those of them that would keep only some multiprocessors busy a second time, so that two
 programs must fit one."""
 
@@ -187,15 +188,14 @@ class Gpu(NamedTuple):
 
 def choose_tile(rows: int, width: int, size: int, gpu: Gpu, *, gated: bool = False) -> Tile:
     """For 1 to :data:`MOST_ROWS` rows, ``width`` outputs and ``size`` inputs."""
-    alone, large = TILES["alone"][0].n, TILES["large"][0].n
+    narrow, alone, large = (TILES[kind][-1].n for kind in ("narrow", "alone", "large"))
     if gated:
         programs = -(-width // TILES["gated"][0].n)
         is_uneven = gpu.processors < programs <= UNEVEN * gpu.processors
         kind = "uneven" if is_uneven else "gated"
-    elif width <= gpu.processors * large:
-        kind = "alone" if width <= gpu.processors * alone else "large"
     else:
-        kind = "wide"
+        kinds = {narrow: "narrow", alone: "alone", large: "large"}
+        kind = next((k for n, k in kinds.items() if width <= gpu.processors * n), "wide")
     padded = max(16, 1 << (rows - 1).bit_length())
     tile = TILES[kind][{16: 0, 32: 1, 64: 2}[padded]]
     if not gpu.multiplies_64:
