@@ -55,9 +55,9 @@ TILES = {
     "gated": (Tile(16, 64, 128, 5), Tile(32, 64, 128, 4), Tile(64, 64, 128, 4)),
     "uneven": (Tile(16, 64, 64, 4), Tile(32, 64, 64, 4), Tile(64, 64, 64, 4)),
 }
-"""By kind of layer: a program of 16, of 32, or of 64 outputs to a multiprocessor at most; more. Gated
-ones, and those of them that would keep only some multiprocessors busy a second time, so that two
-programs must fit one."""
+"""By kind of layer: a program of 16, of 32, or of 64 outputs to a multiprocessor at most; more.
+Gated ones, and those of them that would keep only some multiprocessors busy a second time, so that
+two programs must fit one."""
 
 UNEVEN = 1.5
 """Programs to a multiprocessor, up to which a second wave is mostly idle."""

@@ -44,19 +44,15 @@ class _Ahead:
     """What was computed before the host knew the last tokens.
 
     Attributes:
-        logits: ``[R, V]``.
-        rows: of these, as the tips have them.
+        logits: ``[R, V]``, as the tips have them.
     """
 
     tips: list[Tip]
-    rows: list[torch.Tensor | None]
     logits: torch.Tensor
 
     def is_what_follows(self, tips: list[Tip]) -> bool:
         """Of just these, and nothing was appended to them since."""
-        if tips != self.tips:
-            return False
-        return all(tip.logits is row for tip, row in zip(tips, self.rows, strict=True))
+        return tips == self.tips and all(tip.batch is self.logits for tip in tips)
 
 
 class Extension:
@@ -166,7 +162,7 @@ class Extension:
         with uninterrupted():
             if ahead is not None:
                 self._frontier.go_on(tips, ahead)
-                self._ahead = _Ahead(tips, [tip.logits for tip in tips], ahead)
+                self._ahead = _Ahead(tips, ahead)
             events = self._advance(rows, [int(token) for token in tokens], logprobs)
             if self._ids is not None:
                 going = [i for i, row in enumerate(rows) if not row.reason]
@@ -276,7 +272,7 @@ class Extension:
             if row.reason and row.stream is not None:
                 piece = (piece or "") + row.stream.flush()
             events.append(
-                BranchEvent("token", branch, self._steps, token=token, logprob=logprob, text=piece)
+                BranchEvent("token", branch, self._steps, token, logprob, (), None, piece)
             )
             if row.reason == "eos":
                 self._ledger.mark_finished(row.state, "eos")
@@ -307,8 +303,8 @@ class Extension:
 
 def _keep_alone(tip: Tip) -> None:
     """Its logits were a row of the whole batch, and would keep that."""
-    if tip.logits is not None:
-        tip.logits = tip.logits.clone()
+    if tip.batch is not None:
+        tip.keep(tip.logits)
 
 
 def _tip(row: _Row) -> Tip:

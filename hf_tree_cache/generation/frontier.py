@@ -36,8 +36,8 @@ class Tip:
     Attributes:
         cached: the branch of the cache, which nobody else uses.
         length: tokens in the cache under it.
-        pending: the token behind them, not computed; None when ``logits`` are known.
-        logits: ``[V]`` float32, what follows; None while a token is pending.
+        pending: the token behind them, not computed; None when what follows is known.
+        batch: ``[R, V]`` float32, what follows in row ``row``; None while a token is pending.
         users: branches that stand here.
         taken: tokens that branches went on with from here.
     """
@@ -45,9 +45,20 @@ class Tip:
     cached: CacheBranch
     length: int
     pending: int | None = None
-    logits: torch.Tensor | None = None
+    batch: torch.Tensor | None = None
+    row: int = 0
     users: int = 0
     taken: set[int] = field(default_factory=set)
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """``[V]`` float32, what follows; a token must not be pending."""
+        assert self.batch is not None
+        return self.batch[self.row]
+
+    def keep(self, logits: torch.Tensor) -> None:
+        """A copy of ``logits [V]`` is what follows, so that no batch is kept."""
+        self.batch, self.row = logits[None].clone(), 0
 
 
 class Frontier:
@@ -67,6 +78,7 @@ class Frontier:
         self._takes_positions = "position_ids" in accepted
         self._takes_logits_to_keep = "logits_to_keep" in accepted
         self._constant: dict[str, Any] | None = None  # arguments that are the same in every step
+        self._last: tuple[list[int], torch.Tensor] | None = None  # lengths of a step, positions
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> list[Tip]:
         """One tip for each prompt, the same for equal ones; shared beginnings are computed once.
@@ -96,7 +108,7 @@ class Frontier:
                         made[i] = Tip(cached, made[parent].length)
                     logits = self._extend([made[i] for i in here], tokens)
                 for i, row in zip(here, logits, strict=True):
-                    made[i].logits = row[0].clone()
+                    made[i].keep(row[0])
         except BaseException:
             self.repair([])
             self.release(made.values())
@@ -119,12 +131,12 @@ class Frontier:
         tokens = [[tip.pending] for tip in waiting if tip.pending is not None]
         if waiting:
             rows = self._extend(waiting, tokens)
-            last = rows[:, 0].unbind() if isinstance(rows, torch.Tensor) else [r[0] for r in rows]
-            for tip, row in zip(waiting, last, strict=True):
-                tip.logits, tip.pending = row, None
-            if len(waiting) == len(tips) and isinstance(rows, torch.Tensor):
-                return rows[:, 0]
-        return torch.stack([tip.logits for tip in tips if tip.logits is not None])
+            last = rows[:, 0] if isinstance(rows, torch.Tensor) else torch.cat(rows)
+            for i, tip in enumerate(waiting):
+                tip.batch, tip.row, tip.pending = last, i, None
+            if len(waiting) == len(tips):
+                return last
+        return torch.stack([tip.logits for tip in tips])
 
     def run_ahead(self, tips: Sequence[Tip], tokens: torch.Tensor) -> torch.Tensor | None:
         """Compute ``tokens [R]``, which the host has not seen yet, behind ``tips``.
@@ -150,9 +162,9 @@ class Frontier:
 
     def go_on(self, tips: Sequence[Tip], logits: torch.Tensor) -> None:
         """``tips`` stand behind what :meth:`run_ahead` computed, and know what follows."""
-        for tip, row in zip(tips, logits.unbind(), strict=True):
+        for i, tip in enumerate(tips):
             tip.length += 1
-            tip.logits, tip.taken = row, set()
+            tip.batch, tip.row, tip.taken = logits, i, set()
 
     def append(self, tips: Sequence[Tip], tokens: Sequence[Sequence[int]]) -> list[list[float]]:
         """Carry each tip on over given tokens; returns the log-prob of each of them.
@@ -168,15 +180,15 @@ class Frontier:
         size = max(1, LOGITS_AT_ONCE // (vocab * len(tips)))
         if max(map(len, tokens)) <= size and not self.has_states:
             return self._append_in_parts(tips, tokens, size)
-        before = [(self.cache.fork(tip.cached)[0], tip.length, tip.logits) for tip in tips]
+        before = [(self.cache.fork(t.cached)[0], t.length, t.batch, t.row) for t in tips]
         try:
             logprobs = self._append_in_parts(tips, tokens, size)
         except BaseException:
             self.release(tips)
-            for tip, (cached, length, logits) in zip(tips, before, strict=True):
-                tip.cached, tip.length, tip.logits = cached, length, logits
+            for tip, (cached, length, batch, row) in zip(tips, before, strict=True):
+                tip.cached, tip.length, tip.batch, tip.row = cached, length, batch, row
             raise
-        for cached, _, _ in before:
+        for cached, *_ in before:
             self.cache.prune(cached)
         return logprobs
 
@@ -190,12 +202,10 @@ class Frontier:
             parts = [list(tokens[i][start : start + size]) for i in here]
             rows = self._extend([tips[i] for i in here], parts, keep_all=True)
             for i, part, row in zip(here, parts, rows, strict=True):
-                before = tips[i].logits
-                assert before is not None
-                known = torch.cat([before[None], row[:-1]]).log_softmax(-1)
+                known = torch.cat([tips[i].logits[None], row[:-1]]).log_softmax(-1)
                 index = to_device(part, known.device)[:, None]
                 logprobs[i] += known.gather(1, index).squeeze(1).tolist()
-                tips[i].logits = row[-1].clone()
+                tips[i].keep(row[-1])
         return logprobs
 
     def fork_at(self, tip: Tip, position: int, last: int, taken: set[int]) -> Tip:
@@ -215,7 +225,7 @@ class Frontier:
         Those with equal tokens stand at one new tip. Nothing is computed.
         """
         if tip.users == len(tokens) == 1:  # the way of most steps
-            tip.pending, tip.logits, tip.taken = tokens[0], None, set()
+            tip.pending, tip.batch, tip.taken = tokens[0], None, set()
             return [tip]
         distinct = list(dict.fromkeys(tokens))
         tip.taken.update(distinct)
@@ -238,7 +248,7 @@ class Frontier:
             return tip
         tip.users -= 1
         cached = self.cache.fork(tip.cached)[0]
-        return Tip(cached, tip.length, tip.pending, tip.logits, users=1, taken=set(tip.taken))
+        return Tip(cached, tip.length, tip.pending, tip.batch, tip.row, 1, set(tip.taken))
 
     def leave(self, tip: Tip) -> None:
         """One user of ``tip`` is gone; the last one frees its K/V."""
@@ -336,14 +346,22 @@ class Frontier:
         self, lengths: list[int], tokens: list[list[int]] | torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """The arguments of a forward of one token a row that are not the same every time."""
-        new = [token for (token,) in tokens] if isinstance(tokens, list) else []
-        numbers = to_device([*new, *lengths], self.model.device).view(-1, len(lengths), 1)
-        positions = numbers[-1]
-        ids = numbers[0] if isinstance(tokens, list) else tokens[:, None]
+        if isinstance(tokens, list):
+            new = [token for (token,) in tokens]
+            ids, positions = to_device([*new, *lengths], self.model.device).view(2, -1, 1)
+        else:
+            ids, positions = tokens[:, None], self._positions(lengths)
+        self._last = lengths, positions
         inputs = {"input_ids": ids, "position_ids": positions}
         if len({*lengths}) > 1:
             inputs["attention_mask"] = _mask(positions[:, 0] + 1, max(lengths) + 1)
         return inputs
+
+    def _positions(self, lengths: list[int]) -> torch.Tensor:
+        """``[R, 1]``: the ``lengths``; made on the device where they are one more than the last."""
+        if self._last is not None and [n - 1 for n in lengths] == self._last[0]:
+            return self._last[1] + 1
+        return to_device(lengths, self.model.device)[:, None]
 
     def _prepare(
         self, lengths: list[int], counts: list[int], tokens: list[list[int]], keep_all: bool

@@ -75,7 +75,9 @@ class Ledger:
 
     def append(self, state: BranchState, token: int, logprob: float) -> None:
         """Record a token of a branch."""
-        self._open(state)
+        alone = state.counted and self._standing[state.node] == 1
+        if not (alone and self.tree.nodes[state.node].state == "alive"):
+            self._open(state)
         self.tree.append(state.node, token, logprob)
         state.length += 1
         state.logprob += logprob
@@ -157,7 +159,6 @@ class Ledger:
         alone = state.counted and self._standing[node.id] == 1
         if alone and node.state == "finished":
             self.tree.reopen(node.id)
-        if alone and node.state == "alive":
             return
         if state.counted:
             self._standing[node.id] -= 1

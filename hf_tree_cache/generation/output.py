@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -12,8 +12,7 @@ from .record import GenerationTree
 EventKind = Literal["token", "fork", "prune", "finish"]
 
 
-@dataclass(frozen=True, slots=True)
-class BranchEvent:
+class BranchEvent(NamedTuple):
     """Something that happened to one branch.
 
     Attributes:

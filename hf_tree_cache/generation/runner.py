@@ -341,7 +341,7 @@ class BranchRunner:
             distinct = list(dict.fromkeys(tips))
             logits = self._frontier.logits(distinct)
             for tip, row in zip(distinct, logits, strict=True):
-                tip.logits = row.clone()
+                tip.keep(row)
             row_of = {tip: i for i, tip in enumerate(distinct)}
             return logits[[row_of[tip] for tip in tips]]
 

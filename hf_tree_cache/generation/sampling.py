@@ -91,7 +91,9 @@ def draw_tokens(
     uncertainty = uncertainty or Uncertainty()
     if isinstance(samplings, Sampling):
         return _draw(logits, scores, samplings, distinct, generator, uncertainty)
-    if len(kinds := dict.fromkeys(samplings)) == 1:
+    # Hashing them takes longer than to see that they are one object, as they mostly are.
+    kinds = samplings[:1] if all(s is samplings[0] for s in samplings) else dict.fromkeys(samplings)
+    if len(kinds) == 1:
         return _draw(logits, scores, next(iter(kinds)), distinct, generator, uncertainty)
     order, parts = [], []
     for sampling in kinds:
