@@ -152,6 +152,20 @@ def run_growth() -> list[str]:
     return [text for text in wrong if text is not None]
 
 
+def run_long_heads() -> list[str]:
+    """Heads of 512 and of a little less, in small and large items, with merges."""
+    wrong = []
+    for dims, group, window in (((512, 512), 4, None), ((320, 512), 8, Window("sliding", 40))):
+        family = Family(torch.float16, dims, group, 16, num_kv_heads=1, window=window)
+        tree = grow(ShadowTree(16), [150], " ".join("0" * 11), [1] * 11)
+        call, workspace = call_over(family, tree, "cpu"), family.workspace("cpu")
+        wrong.append(complain(call, call.attend(workspace)))
+        work = workspace.work
+        if work is None or not (work.num_large and len(work.items) > work.num_work):
+            wrong.append(f"{dims}: no large items, or no merges")
+    return [text for text in wrong if text is not None]
+
+
 def run_braids() -> list[str]:
     """Leaves that take turns, of different lengths, from different prompts, while they grow."""
     wrong = []
@@ -323,6 +337,7 @@ def main(num_trees: int) -> None:
     jobs += [
         ("growth", run_growth),
         ("braids", run_braids),
+        ("long heads", run_long_heads),
         ("blanks", run_blanks),
         ("dispatch", run_dispatch),
     ]

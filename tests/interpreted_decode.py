@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from interpreter import quicken
 from transformers import (
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -42,6 +44,7 @@ def main() -> None:
     for compile in (False, True) if "--compile" in sys.argv else (False,):
         run(compile)
     in_half_precision()
+    where_layers_read_what_others_keep()
 
 
 def run(compile: bool) -> None:
@@ -116,7 +119,34 @@ def in_half_precision() -> None:
     assert stored.count(True) == layers * steps and len(stored) < 2 * layers * steps, stored
 
 
-def tiny(config: type[PretrainedConfig], kind: type[PreTrainedModel], **options: int) -> Any:
+def where_layers_read_what_others_keep() -> None:
+    """Gemma 4: the last layers keep no K/V, and global ones have longer heads than others."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "sliding_window": 5,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 50,
+        "num_hidden_layers": 4,
+    }
+    model = tiny(Gemma4TextConfig, Gemma4ForCausalLM, **options)
+    ids = torch.tensor([[2, 8, 7], [3, 5, 9]])
+    options = {"max_new_tokens": 12, "output_logits": True, "return_dict_in_generate": True}
+    dense = model.generate(ids, do_sample=False, **options)
+    with enable_tree_attention(model, cuda_graphs=True) as handle:
+        cache = TreeCache(poison=True, block_size=4)
+        ours = model.generate(ids, past_key_values=cache, do_sample=False, **options)
+        cache.check_integrity()
+        assert not cache.dense_reads and not handle.graphs.eager, handle.graphs
+    assert ours.sequences.tolist() == dense.sequences.tolist()
+    error = (torch.stack(ours.logits) - torch.stack(dense.logits)).abs().max()
+    assert error < 1e-5, error
+
+
+def tiny(config: type[PretrainedConfig], kind: type[PreTrainedModel], **options: Any) -> Any:
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32}
     heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     model: Any = kind(config(**{**sizes, **heads, **options})).eval()

@@ -92,6 +92,22 @@ TINY: dict[str, Tiny] = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
+    # The last two layers read the K/V of those before; global heads are longer than others.
+    "gemma4": Tiny(
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        {
+            **SINGLES,
+            "hidden_size": 48,
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 5,
+            "global_head_dim": 32,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB,
+        },
+    ),
     "phi3": Tiny(
         "Phi3Config",
         "Phi3ForCausalLM",

@@ -288,7 +288,7 @@ MODES = {
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "qwen3_moe", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gemma4", "qwen3_moe", "gpt2"])
 @pytest.mark.parametrize("mode", MODES)
 def test_graphs_on_and_off_give_the_same(name, mode):
     model, inputs = on_gpu(name)
@@ -368,7 +368,9 @@ def test_a_batch_that_outgrows_the_kernels_joins_weights_and_gives_them_back():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "phi3", "glm", "cohere2", "gpt_oss"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma2", "gemma3", "gemma4", "phi3", "glm", "cohere2", "gpt_oss"]
+)
 @torch.no_grad()
 def test_steps_in_half_precision_are_as_near_to_float32_as_those_of_the_model(name):
     model, wide = build(name, torch.bfloat16).cuda(), build(name).cuda()

@@ -189,14 +189,15 @@ def _stub(
     ("call", "scale", "obstacle"),
     [
         ((BF16, (64, 64), 4, 16, "cuda"), 0.1, None),
-        ((BF16, (256, 256), 16, 64, "cuda"), 0.1, None),
+        ((BF16, (512, 512), 16, 64, "cuda"), 0.1, None),
         ((BF16, (192, 128), 1, 1, "cuda"), 0.1, None),
         ((BF16, (64, 64), 4, 16, "cpu"), 0.1, "device without Triton: cpu"),
         ((torch.float64, (64, 64), 4, 16, "cuda"), 0.1, "float64"),
         ((BF16, (64, 64), 4, 3, "cuda"), 0.1, "block size 3"),
         ((BF16, (64, 64), 4, 128, "cuda"), 0.1, "block size 128"),
-        ((BF16, (512, 64), 4, 16, "cuda"), 0.1, "512"),
-        ((BF16, (64, 512), 4, 16, "cuda"), 0.1, "512"),
+        ((BF16, (576, 64), 4, 16, "cuda"), 0.1, "576"),
+        ((BF16, (64, 576), 4, 16, "cuda"), 0.1, "576"),
+        ((FP32, (512, 512), 4, 16, "cuda"), 0.1, "more than 256"),
         ((BF16, (64, 64), 17, 16, "cuda"), 0.1, "17 query heads"),
         ((BF16, (64, 64), 4, 16, "cuda"), -0.1, "scale -0.1"),
     ],
@@ -210,6 +211,7 @@ def _stub(
         "blocks of 128",
         "long keys",
         "long values",
+        "long heads in float32",
         "a group of 17",
         "a negative scale",
     ],
@@ -267,6 +269,9 @@ FAMILIES = [
     Family(BF16, (128, 128), 4, 16, spread=64),
     Family(BF16, (64, 64), 7, 32, (2, 5, 17), window=Window("sliding", 60), spread=64),
     Family(BF16, (128, 128), 4, 16, deterministic=True, sinks=True, spread=200),
+    Family(BF16, (512, 512), 4, 16, (2, 5, 17)),
+    Family(FP16, (512, 512), 16, 32, window=Window("sliding", 200), softcap=30.0),
+    Family(BF16, (512, 512), 1, 16, deterministic=True),
 ]
 ANY_KERNEL = [
     Family(BF16, (128, 128), 4, 16, fixed=False),
@@ -293,7 +298,7 @@ def family_call(family: Family, number: int) -> Call:
 def test_the_families_cover_what_the_kernel_serves() -> None:
     assert {family.dtype for family in FAMILIES} == {BF16, FP16, FP32}
     assert {family.head_dims for family in FAMILIES} == {
-        *((dim, dim) for dim in (64, 80, 96, 128, 256)),
+        *((dim, dim) for dim in (64, 80, 96, 128, 256, 512)),
         (192, 128),
     }
     assert {family.group for family in FAMILIES} == {1, 4, 7, 16}

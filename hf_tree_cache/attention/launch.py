@@ -43,8 +43,9 @@ def find_obstacle(q: torch.Tensor, storage: KVStorage, scale: float) -> str | No
         return f"dtype {spec.dtype}"
     if size & (size - 1) or size > 64:
         return f"block size {size}, not a power of two up to 64"
-    if max(spec.k_head_dim, spec.v_head_dim) > 256:
-        return f"head dims {spec.k_head_dim} and {spec.v_head_dim}, more than 256"
+    longest = 256 if spec.dtype == torch.float32 else 512
+    if max(spec.k_head_dim, spec.v_head_dim) > longest:
+        return f"head dims {spec.k_head_dim} and {spec.v_head_dim}, more than {longest}"
     if q.shape[1] > 16 * spec.num_kv_heads:
         return f"{q.shape[1] // spec.num_kv_heads} query heads for each K/V head, more than 16"
     return None if scale > 0 else f"scale {scale}"

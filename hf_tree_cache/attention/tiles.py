@@ -154,6 +154,11 @@ _FLOAT = Tiles(kv_small=16, merge_parts=2, max_registers=128)
 _FLOAT_256 = replace(_FLOAT, stages_small=2, max_registers=168)
 _AMD = Tiles(kv_small=32, stages_small=2, stages_large=2, merge_parts=4)
 _AMD_16 = replace(_AMD, m_large=32, kv_small=16, kv_large=16, merge_parts=2)
+_LONG = Tiles(
+    m_large=32, kv_small=16, kv_large=16, stages_small=2, stages_large=2, num_warps=8,
+    merge_rows=4, merge_parts=2, programs_per_sm=1,
+)  # fmt: skip
+_LONG_4 = replace(_LONG, num_warps=4, programs_per_sm=2)
 _ROWS: tuple[tuple[tuple[str, ...], int, tuple[int, ...], Tiles, Tiles], ...] = (
     # bfloat16 and float16
     (_ROOMY, 2, _EASY, Tiles(kv_large=64, max_registers=168, programs_per_sm=3),
@@ -174,6 +179,10 @@ _ROWS: tuple[tuple[tuple[str, ...], int, tuple[int, ...], Tiles, Tiles], ...] = 
      Tiles(kv_small=32, stages_small=2, merge_parts=2, programs_per_sm=3)),
     (_TIGHT, 2, (256,), Tiles(kv_small=32, kv_large=16, merge_parts=2, programs_per_sm=1),
      Tiles(kv_small=32, stages_small=2, merge_parts=2, max_registers=168)),
+    # Compiled, and run in the interpreter; not on a GPU yet.
+    (("sm_90", "sm_100"), 2, (512,), _LONG_4, replace(_LONG_4, programs_per_sm=4)),
+    (("sm_80",), 2, (512,), _LONG, replace(_LONG_4, programs_per_sm=3)),
+    (_TIGHT, 2, (512,), _LONG, _LONG_4),
     # float32
     (_ROOMY + _TIGHT, 4, _EASY, _MANY_WARPS, replace(_FLOAT, programs_per_sm=4)),
     (_ROOMY, 4, (128,), _MANY_WARPS, replace(_FLOAT, programs_per_sm=3)),
@@ -187,13 +196,15 @@ _ROWS: tuple[tuple[tuple[str, ...], int, tuple[int, ...], Tiles, Tiles], ...] = 
      replace(_AMD, max_registers=128, programs_per_sm=4)),
     (("gfx942",), 2, (256,), replace(_AMD_16, max_registers=256),
      replace(_AMD_16, programs_per_sm=3)),
+    (("gfx942",), 2, (512,), replace(_LONG_4, programs_per_sm=1),
+     replace(_LONG_4, programs_per_sm=1)),
     (("gfx942",), 4, _EASY, replace(_AMD, m_large=32, kv_large=16, programs_per_sm=3),
      replace(_AMD, programs_per_sm=3)),
     (("gfx942",), 4, (128,), _AMD_16, replace(_AMD_16, programs_per_sm=3)),
     (("gfx942",), 4, (256,), replace(_AMD_16, num_warps=8, programs_per_sm=1),
      replace(_AMD_16, num_warps=8, programs_per_sm=1)),
     # On a CPU
-    (("interpreter",), 2, (*_EASY, 128, 256), Tiles(), Tiles(stages_small=2)),
+    (("interpreter",), 2, (*_EASY, 128, 256, 512), Tiles(), Tiles(stages_small=2)),
     (("interpreter",), 4, (*_EASY, 128, 256), Tiles(), Tiles(stages_small=2)),
 )  # fmt: skip
 

@@ -428,9 +428,10 @@ def _find_obstacle(cache: TreeCache) -> str | None:
     if cache.backend not in ("auto", "triton"):
         return f"backend {cache.backend!r} was chosen"
     for layer in cache.layers:
-        if not isinstance(layer, PagedLayer) or isinstance(layer, LinearAttentionCacheLayerMixin):
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
             return f"the cache has states that are not K/V ({type(layer).__name__})"
-        if layer.storage is None:
+        # Others keep nothing: they read the K/V of a layer before them.
+        if isinstance(layer, PagedLayer) and layer.storage is None:
             return "a layer has stored nothing yet"
     devices = {storage.spec.device for storage in cache.storages}
     if len(devices) != 1:
