@@ -25,7 +25,13 @@ from hf_tree_cache.forward.linear import (
     few_rows_linear,
     find_obstacle,
 )
-from hf_tree_cache.forward.rotary import HALVES, Rotation, Turn, make_rotary
+from hf_tree_cache.forward.rotary import (
+    HALVES,
+    Rotation,
+    Turn,
+    make_rotary,
+    make_rotary_of_one,
+)
 from hf_tree_cache.forward.small import Sum, activate, gated_product, make_norm, rms_norm
 from hf_tree_cache.integration import gated as gated_module
 from hf_tree_cache.integration import linears as linears_module
@@ -258,6 +264,30 @@ def test_units_of_either_form_give_the_same_without_the_kernel(activation, kind,
     assert type(unit) is kind
 
 
+class Bare(nn.Module):
+    """Without a weight."""
+
+    def __init__(self, power):
+        super().__init__()
+        self.eps, self.power = 1e-6, power
+
+    def forward(self, x):
+        mean = x.float().pow(2).mean(-1, keepdim=True) + self.eps
+        return (x.float() * mean.pow(self.power)).type_as(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("power", "served"), [(-0.5, True), (-0.4, False)])
+def test_norms_without_a_weight(power, served):
+    module = nn.Sequential(Bare(power), nn.LayerNorm(64, elementwise_affine=False), nn.Linear(2, 2))
+    steps = SmallSteps(module.modules())
+    assert [part for part, _ in steps.norms] == [module[0]] * served
+    x = 3 + torch.randn(3, 1, 2, 40)
+    want = module[0](x)
+    with steps.switched():
+        assert (module[0](x) - want).abs().max() < 1e-5
+
+
 class Norm(nn.Module):
     """With a weight so large that 1 more is within rounding."""
 
@@ -448,15 +478,17 @@ class AtOnce(Pending):
 
 
 LAUNCHES = {
-    # of norms, of rotations with norms and without; of three layers
+    # of norms, of rotations with norms and without; of three layers, Gemma 4 of four
     "llama": (7, 0, 3),
     "qwen3": (7, 3, 0),
     "gemma2": (7, 0, 3),
     "gemma3": (7, 3, 0),
+    "gemma4": (20, 6, 0),
     "olmo2": (12, 0, 3),
 }
 """One before each layer's attention, one before its unit, one at the end, with the norms behind
-both. OLMo 2 has those only, and norms of queries and keys over all heads."""
+both. OLMo 2 has those only, and norms of queries and keys over all heads. Gemma 4 rotates them one
+after the other, and has norms of values, without a weight, and of inputs of a layer."""
 
 
 @torch.no_grad()
@@ -476,7 +508,7 @@ def launches_of(name, dtype, device, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(small, "_launch", lambda *given: norms.append(launch(*given)))
         patch.setattr(
-            Rotation, "write", lambda self: rotations.append(self.norms is None) or write(self)
+            Rotation, "write", lambda self: rotations.append(not self.norms) or write(self)
         )
         with linears.switched(), steps.switched():
             got = model(**inputs, output_hidden_states=True)
@@ -517,16 +549,16 @@ def test_norms_wait_for_their_rotation_or_for_the_next_operator(monkeypatch):
             q, k = of_heads(0, 16, transposed), of_heads(16, 24, transposed)
             assert not written
             norms = rotate(q, k)
-            assert norms is not None and not written
+            assert len(norms) == 2 and not written
             assert [norm.out.data_ptr() for norm in norms] == [q.data_ptr(), k.data_ptr()]
         q = of_heads(0, 16)
         k = of_heads(0, 16)
         # Of a norm that still waits; of the wrong ones; of one only; of keys that went on.
         again = pending.norm(q.transpose(1, 2), weight, 1e-6, 0.0)
         assert len(written) == 2
-        assert rotate(k, q) is None and written[2] is again
-        assert rotate(of_heads(0, 16), q) is None and len(written) == 4
-        assert rotate(of_heads(0, 16), of_heads(16, 24)[:, 1:]) is None and len(written) == 6
+        assert rotate(k, q) == () and written[2] is again
+        assert rotate(of_heads(0, 16), q) == () and len(written) == 4
+        assert rotate(of_heads(0, 16), of_heads(16, 24)[:, 1:]) == () and len(written) == 6
         # Whoever else asks sees it.
         of_heads(0, 16).neg()
         assert len(written) == 7
@@ -747,9 +779,47 @@ def error_of_rotary(dtype, device):
     return worst
 
 
+def rotations_of_one_agree(dtype, device):
+    """Queries and keys one after the other, whichever way heads lie, with a norm and without."""
+    torch.manual_seed(0)
+
+    def refused(*args, **kwargs):
+        raise AssertionError("the kernel serves this")
+
+    for rows, heads, size in ((1, 4, 64), (3, 1, 80), (5, 7, 12)):
+        joined = torch.randn(rows, 1, (heads + 2) * size).to(dtype).to(device)
+        x = joined[..., size:-size].unflatten(-1, (heads, size))
+        cos, sin = torch.randn(2, rows, 1, size).to(dtype).to(device)
+        both = make_rotary(refused)
+        want, _ = both(x.transpose(1, 2), x.transpose(1, 2), cos, sin)
+        one = make_rotary_of_one(refused)
+        got = one(x, cos, sin, unsqueeze_dim=2)
+        assert got.shape == x.shape and torch.equal(got.transpose(1, 2), want)
+        assert torch.equal(one(x.transpose(1, 2), cos, sin), want)
+        norm = make_norm(x, torch.ones(size).to(x), 1e-5, 0.0)
+
+        def launch(rotation, norm=norm):
+            rotation = rotation.behind([norm])
+            assert rotation is not None
+            rotation.write()
+
+        got = make_rotary_of_one(refused, launch)(norm.out, cos, sin, unsqueeze_dim=2)
+        assert torch.equal(got, one(norm.out, cos, sin, unsqueeze_dim=2))
+        # Not one token, another way of heads, angles that do not fit.
+        theirs = []
+        other = make_rotary_of_one(lambda *given, seen=theirs, **options: seen.append(options))
+        other(joined.new_empty(rows, 2, heads, size), cos, sin, unsqueeze_dim=2)
+        other(x, cos, sin, unsqueeze_dim=3)
+        other(x, cos[..., :4], sin[..., :4], unsqueeze_dim=2)
+        assert theirs == [{"unsqueeze_dim": dim} for dim in (2, 3, 2)]
+    return 0.0
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["bf16", "fp16"])
-@pytest.mark.parametrize("error", [error_of_norm, error_of_rotary, error_of_gated_product])
+@pytest.mark.parametrize(
+    "error", [error_of_norm, error_of_rotary, rotations_of_one_agree, error_of_gated_product]
+)
 def test_small_steps_agree_with_float64(dtype, error):
     assert error(dtype, "cuda") < TOLERANCE[dtype]
 

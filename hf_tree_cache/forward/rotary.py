@@ -52,35 +52,41 @@ HALVES = Turn()
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """Queries and keys that have still to be rotated, ``[B, H, 1, D]``, last stride 1.
+    """Queries and keys, or either, that have still to be rotated, ``[B, H, 1, D]``, last stride 1.
 
     Attributes:
+        q: queries, or what is rotated alone.
+        k: keys; None where there is nothing else.
         cos, sin: ``[B, 1, angles]`` contiguous.
         q_out, k_out: where to, contiguous.
         turn: how.
-        norms: those that ``q`` and ``k`` stand for, if they have not been written.
+        norms: those that ``q`` and ``k`` stand for, if they have not been written; else none.
     """
 
     q: torch.Tensor
-    k: torch.Tensor
+    k: torch.Tensor | None
     cos: torch.Tensor
     sin: torch.Tensor
     q_out: torch.Tensor
-    k_out: torch.Tensor
+    k_out: torch.Tensor | None
     turn: Turn = HALVES
-    norms: tuple[Norm, Norm] | None = None
+    norms: tuple[Norm, ...] = ()
 
     def behind(self, norms: Sequence[Norm]) -> Rotation | None:
-        """This one, of what two norms have still to write; None if it is not of their results."""
-        if len(norms) != 2 or norms[0].more != norms[1].more:
+        """This one, of what norms have still to write; None if it is not of their results."""
+        heads = [x for x in (self.q, self.k) if x is not None]
+        if len(norms) != len(heads) or len({norm.more for norm in norms}) != 1:
             return None
-        if not all(map(_is_of, (self.q, self.k), norms)):
+        if not all(map(_is_of, heads, norms)):
             return None
-        return replace(self, norms=(norms[0], norms[1]))
+        return replace(self, norms=tuple(norms))
 
     def write(self, values: torch.Tensor | None = None, slots: Slots | None = None) -> None:
         """Rotate; with ``values [B, Hkv, 1, Dv]``, also store these and the keys in ``slots``."""
-        q, k = self.q, self.k
+        q, k, k_out = self.q, self.k, self.k_out
+        # What is not used stands for what is not needed.
+        num_tensors = 1 if k is None else 2
+        k, k_out = (q if k is None else k), (self.q_out if k_out is None else k_out)
         strides = [q.stride(0), q.stride(1), k.stride(0), k.stride(1)]
         rows, num_q_heads, _, size = q.shape
         num_kv_heads = k.shape[1]
@@ -90,17 +96,16 @@ class Rotation:
         step, gap = (2, 1) if interleaved else (1, pairs)
         v = k if values is None else values
         v = v if v.stride(3) == 1 else v.contiguous()
-        # What is not used stands for what is not needed.
         normed, more = (q, k, q, k, 0.0, 0.0), 0.0
-        if self.norms is not None:
-            of_q, of_k = self.norms
+        if self.norms:
+            of_q, of_k = self.norms[0], self.norms[-1]
             q, k, more = of_q.x, of_k.x, of_q.more
             normed = (of_q.weight, of_k.weight, of_q.out, of_k.out, of_q.eps, of_k.eps)
             strides = [*of_q.layout[1:], *of_k.layout[1:]]
         overlap = can_overlap(q.device)
         with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-            rotary_kernel[(rows, 2)](
-                q, k, *normed[:4], self.cos, self.sin, self.q_out, self.k_out, v,
+            rotary_kernel[(rows, num_tensors)](
+                q, k, *normed[:4], self.cos, self.sin, self.q_out, k_out, v,
                 *((k, k, k, k, k, k) if slots is None else slots[:-1]),
                 *strides, v.stride(0), v.stride(1), *normed[4:],
                 HQ=num_q_heads, HKV=num_kv_heads, D=size, DV=v.shape[3],
@@ -109,7 +114,7 @@ class Rotation:
                 PAIRSP=1 << (pairs - 1).bit_length(), ANGLES=num_angles,
                 ANGLE_STEP=step if angles == "own" else 1, ANGLE_GAP=gap if angles == "own" else 0,
                 RESTP=1 << (size - 2 * pairs - 1).bit_length() if 2 * pairs < size else 0,
-                NORMED=self.norms is not None, MORE=more,
+                NORMED=bool(self.norms), MORE=more,
                 S=1 if slots is None else slots.block_size, STORE=slots is not None,
                 OVERLAP=overlap, num_warps=4, **launch_options(overlap),
             )  # fmt: skip
@@ -138,18 +143,50 @@ def make_rotary(
     def rotary(
         q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if args or kwargs or not all(serves(x) and x.stride(-1) == 1 for x in (q, k)):
+        if args or kwargs or q.shape[2:] != k.shape[2:] or not _serves(turn, (q, k), cos, sin):
             return theirs(q, k, cos, sin, *args, **kwargs)
-        rows, _, num_new, size = q.shape
-        angles = (rows, 1, cos.shape[-1])
-        same = num_new == 1 and cos.shape == angles and sin.shape == angles
-        if not same or k.shape[2:] != q.shape[2:] or not turn.serves(size, angles[2]):
-            return theirs(q, k, cos, sin)
-        dtypes = {q.dtype, torch.float32} if turn.wide else {q.dtype}
-        if k.dtype != q.dtype or cos.dtype not in dtypes or sin.dtype != cos.dtype:
-            return theirs(q, k, cos, sin)
         out = q.new_empty(q.shape), k.new_empty(k.shape)
         launch(Rotation(q, k, cos.contiguous(), sin.contiguous(), *out, turn))
         return out
 
     return rotary
+
+
+def make_rotary_of_one(
+    theirs: Callable[..., torch.Tensor],
+    launch: Callable[[Rotation], None] = Rotation.write,
+    turn: Turn = HALVES,
+) -> Callable[..., torch.Tensor]:
+    """As :func:`make_rotary`, where queries and keys are rotated one after the other.
+
+    Args:
+        theirs: of ``x``, cosines and sines, and ``unsqueeze_dim``: 1 for ``x [B, H, T, D]``, 2 for
+            ``[B, T, H, D]``.
+    """
+
+    def rotary(
+        x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
+    ) -> torch.Tensor:
+        heads = x.transpose(1, 2) if unsqueeze_dim == 2 and x.ndim == 4 else x
+        if unsqueeze_dim not in (1, 2) or not _serves(turn, (heads,), cos, sin):
+            return theirs(x, cos, sin, unsqueeze_dim=unsqueeze_dim)
+        out = x.new_empty(x.shape)  # of one token either way is as the other
+        launch(Rotation(heads, None, cos.contiguous(), sin.contiguous(), out, None, turn))
+        return out
+
+    return rotary
+
+
+def _serves(
+    turn: Turn, tensors: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor
+) -> bool:
+    """Whether the kernel rotates ``tensors``, ``[B, H, 1, D]``, by these."""
+    if not all(x.ndim == 4 and serves(x) and x.stride(-1) == 1 for x in tensors):
+        return False
+    rows, _, num_new, size = tensors[0].shape
+    angles = (rows, 1, cos.shape[-1])
+    if num_new != 1 or cos.shape != angles or sin.shape != angles:
+        return False
+    dtypes = {tensors[0].dtype, torch.float32} if turn.wide else {tensors[0].dtype}
+    same = sin.dtype == cos.dtype and cos.dtype in dtypes
+    return same and turn.serves(size, angles[2]) and len({x.dtype for x in tensors}) == 1

@@ -72,8 +72,7 @@ class Pending(TorchDispatchMode):
 
     def hold(self, rotation: Rotation) -> None:
         """Let ``rotation`` wait, with the norms before it; what else waited before is written."""
-        norms = [each for each in self._waiting if isinstance(each, Norm)]
-        behind = rotation.behind(norms)
+        behind = rotation.behind([each for each in self._waiting if isinstance(each, Norm)])
         if behind is None:
             self.write()
         self._waiting = [behind or rotation]
@@ -137,7 +136,8 @@ class Pending(TorchDispatchMode):
         )
 
 
-def _result(waiting: Norm | Sum | Rotation) -> torch.Tensor:
+def _result(waiting: Norm | Sum | Rotation) -> torch.Tensor | None:
+    """What somebody who takes it along is given; of a rotation, the keys."""
     return waiting.k_out if isinstance(waiting, Rotation) else waiting.out
 
 

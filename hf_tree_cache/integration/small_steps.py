@@ -11,13 +11,14 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import ModuleType
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
-from ..forward.rotary import ANGLES, Rotation, Turn, make_rotary
+from ..forward.rotary import ANGLES, Rotation, Turn, make_rotary, make_rotary_of_one
 from ..forward.small import HALF, rms_norm
 from .pending import Pending
 from .trial import WITHIN, agree, is_untouched, made_up
@@ -45,13 +46,15 @@ class SmallSteps:
         others = set(besides)
         self._pending: Pending | None = None
         parts = [part for part in dict.fromkeys(parts) if part not in others]
-        self.norms = [(part, norm) for part in parts if (norm := self._fuse_norm(part)) is not None]
-        sizes = {module.get_parameter("weight").numel() for module, _ in self.norms}
+        device = next((x.device for part in parts for x in part.parameters()), None)
+        self.norms = [
+            (part, norm) for part in parts if (norm := self._fuse_norm(part, device)) is not None
+        ]
+        sizes = {x.numel() for module, _ in self.norms for x in module.parameters()}
         self._sizes = set() if others else sizes
         kept = {type(part).__module__ for part in others}
         names = dict.fromkeys(type(part).__module__ for part in parts)
         files = [sys.modules[name] for name in names if name in sys.modules and name not in kept]
-        device = next((x.device for part in parts for x in part.parameters()), None)
         self.rotaries = [
             (file, getattr(file, ROTARY), fused)
             for file in files
@@ -87,15 +90,20 @@ class SmallSteps:
         else:
             self._pending.hold(rotation)
 
-    def _fuse_norm(self, module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    def _fuse_norm(
+        self, module: nn.Module, device: torch.device | None
+    ) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """A forward in one launch that does what the module's own does; None if there is none."""
         eps = next((vars(module)[name] for name in EPS_NAMES if name in vars(module)), None)
-        weight = module._parameters.get("weight")
-        if not isinstance(eps, float) or weight is None or weight.ndim != 1 or weight.is_meta:
-            return None
-        if len(list(module.parameters())) > 1 or not is_untouched(module):
+        if not isinstance(eps, float) or not is_untouched(module):
             return None
         if len(inspect.signature(module.forward).parameters) != 1:
+            return None
+        parameters = list(module.parameters())
+        if not parameters and device is not None:
+            return self._fuse_bare_norm(module, eps, device)
+        weight = module._parameters.get("weight")
+        if len(parameters) != 1 or weight is None or weight.ndim != 1 or weight.is_meta:
             return None
 
         shape = TRIAL_ROWS, len(weight)
@@ -119,6 +127,24 @@ class SmallSteps:
 
         return fused if agree(module, fused, made_up(*shape, like=weight)) else None
 
+    def _fuse_bare_norm(
+        self, module: nn.Module, eps: float, device: torch.device
+    ) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """As :meth:`_fuse_norm`, of a module without a weight."""
+        ones: dict[tuple[int, torch.dtype, torch.device], torch.Tensor] = {}
+
+        def fused(hidden_states: torch.Tensor) -> torch.Tensor:
+            key = hidden_states.shape[-1], hidden_states.dtype, hidden_states.device
+            if key not in ones:
+                with torch.inference_mode(False):  # it outlives the block that it may be made in
+                    ones[key] = torch.ones(key[0], dtype=key[1], device=key[2])
+            return self._norm(hidden_states, ones[key], eps, 0.0)
+
+        like = torch.empty(0, dtype=HALF[0], device=device)
+        trial = made_up(TRIAL_ROWS, TRIAL_SIZE, like=like)
+        same = agree(module, fused, trial.double(), within=WITHIN) and agree(module, fused, trial)
+        return fused if same else None
+
     def _fuse_rotary(self, file: ModuleType, device: torch.device) -> Callable[..., object] | None:
         """One launch that does what the file's rotary embedding does; None if there is none."""
         theirs = getattr(file, ROTARY, None)
@@ -126,22 +152,41 @@ class SmallSteps:
             return None
         like = torch.empty(0, dtype=HALF[0], device=device)
         q, k = (made_up(TRIAL_ROWS, heads, 1, TRIAL_SIZE, like=like) for heads in (2, 1))
+        of_both, of_one = (make_rotary, (q, k)), (make_rotary_of_one, (q,))
 
-        def narrow(*trial: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def narrow(*trial: torch.Tensor) -> object:
             rotated = theirs(*trial)
-            if rotated[0].dtype != q.dtype:
+            first = rotated[0] if isinstance(rotated, tuple) else rotated
+            if first.dtype != q.dtype:
                 raise TypeError("it widens")  # no need to compile ours for that
             return rotated
 
-        def turns(turn: Turn, num_angles: int, dtype: torch.dtype = HALF[0]) -> bool:
-            cos, sin = made_up(2, TRIAL_ROWS, 1, num_angles, like=like, dtype=dtype)
-            return agree(narrow, make_rotary(theirs, turn=turn), q, k, cos, sin)
+        for make, heads in (of_both, of_one):
 
-        for turn in TURNS:
-            num_angles = TRIAL_SIZE // 2 if turn.angles == "pair" else TRIAL_SIZE
-            if turns(turn, num_angles):
-                partial = turns(turn._replace(partial=True), num_angles // 2)
-                wide = turns(turn._replace(wide=True), num_angles, torch.float32)
-                turn = turn._replace(partial=partial, wide=wide)
-                return make_rotary(theirs, self._rotate, turn)
+            def turns(
+                turn: Turn, num_angles: int, dtype: torch.dtype = HALF[0], make=make, heads=heads
+            ) -> bool:
+                angles = made_up(2, TRIAL_ROWS, 1, num_angles, like=like, dtype=dtype)
+                return agree(narrow, make(theirs, turn=turn), *heads, *angles)
+
+            for turn in TURNS:
+                num_angles = TRIAL_SIZE // 2 if turn.angles == "pair" else TRIAL_SIZE
+                if turns(turn, num_angles):
+                    if make is make_rotary_of_one and not self._takes_either(theirs, turn, q):
+                        return None
+                    in_part = turns(turn._replace(partial=True), num_angles // 2)
+                    wide = turns(turn._replace(wide=True), num_angles, torch.float32)
+                    turn = turn._replace(partial=in_part, wide=wide)
+                    return make(theirs, self._rotate, turn)
         return None
+
+    def _takes_either(
+        self, theirs: Callable[..., torch.Tensor], turn: Turn, x: torch.Tensor
+    ) -> bool:
+        """Whether ``unsqueeze_dim=2`` means that heads come behind tokens."""
+        ours = make_rotary_of_one(theirs, turn=turn)
+        num_angles = TRIAL_SIZE // 2 if turn.angles == "pair" else TRIAL_SIZE
+        angles = made_up(2, TRIAL_ROWS, 1, num_angles, like=x)
+        trial = x.transpose(1, 2), *angles
+        one, other = (partial(rotary, unsqueeze_dim=2) for rotary in (theirs, ours))
+        return agree(one, other, *trial)
