@@ -39,8 +39,8 @@ from test_forward import (
     error_of_gated_product,
     error_of_norm,
     error_of_rotary,
+    error_of_rotary_of_one,
     launches_of,
-    rotations_of_one_agree,
     turns_found,
 )
 from torch._dynamo.utils import counters
@@ -287,7 +287,7 @@ def run_forward() -> list[str]:
         error = error_of_experts(few_rows_experts(*inputs), *inputs)
         if not error < FP16_FACTOR * TOLERANCE[torch.float16]:
             wrong.append(f"experts {case}: off by {error:.1e}")
-    for error in (error_of_norm, error_of_rotary, rotations_of_one_agree, error_of_gated_product):
+    for error in (error_of_norm, error_of_rotary, error_of_rotary_of_one, error_of_gated_product):
         if not error(torch.float16, "cpu") < FP16_FACTOR * TOLERANCE[torch.float16]:
             wrong.append(f"{error.__name__}: {error(torch.float16, 'cpu'):.1e}")
     with pytest.MonkeyPatch.context() as patch:

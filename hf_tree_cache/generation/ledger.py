@@ -75,8 +75,7 @@ class Ledger:
 
     def append(self, state: BranchState, token: int, logprob: float) -> None:
         """Record a token of a branch."""
-        alone = state.counted and self._standing[state.node] == 1
-        if not (alone and self.tree.nodes[state.node].state == "alive"):
+        if not (self._is_alone(state) and self.tree.nodes[state.node].state == "alive"):
             self._open(state)
         self.tree.append(state.node, token, logprob)
         state.length += 1
@@ -153,11 +152,14 @@ class Ledger:
         tip.users += 1
         return state
 
+    def _is_alone(self, state: BranchState) -> bool:
+        """Whether it stands at the open end of a node, and nobody else does."""
+        return state.counted and self._standing[state.node] == 1
+
     def _open(self, state: BranchState) -> None:
         """Give ``state`` a leaf that it alone appends to."""
         node = self.tree.nodes[state.node]
-        alone = state.counted and self._standing[node.id] == 1
-        if alone and node.state == "finished":
+        if self._is_alone(state) and node.state == "finished":
             self.tree.reopen(node.id)
             return
         if state.counted:

@@ -104,11 +104,10 @@ class Pending(TorchDispatchMode):
 
     def _hold_sum(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         normed = None
-        for one, other in ((second, first), (first, second)):
-            normed = None if one is other else self._take(Norm, one)
-            if normed is not None:
-                first, second = other, one
-                break
+        if first is not second:
+            normed = self._take(Norm, second)
+            if normed is None and (normed := self._take(Norm, first)) is not None:
+                first, second = second, first
         self.write()
         out = torch.empty_like(first)
         self._waiting = [Sum(first, second, out, normed)]

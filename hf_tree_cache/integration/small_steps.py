@@ -11,8 +11,8 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -152,41 +152,47 @@ class SmallSteps:
             return None
         like = torch.empty(0, dtype=HALF[0], device=device)
         q, k = (made_up(TRIAL_ROWS, heads, 1, TRIAL_SIZE, like=like) for heads in (2, 1))
-        of_both, of_one = (make_rotary, (q, k)), (make_rotary_of_one, (q,))
+        turn = _find_turn(theirs, lambda turn: make_rotary(theirs, turn=turn), q, k)
+        if turn is not None:
+            return make_rotary(theirs, self._rotate, turn)
+        turn = _find_turn(
+            _either_way(theirs), lambda turn: _either_way(make_rotary_of_one(theirs, turn=turn)), q
+        )
+        return None if turn is None else make_rotary_of_one(theirs, self._rotate, turn)
 
-        def narrow(*trial: torch.Tensor) -> object:
-            rotated = theirs(*trial)
-            first = rotated[0] if isinstance(rotated, tuple) else rotated
-            if first.dtype != q.dtype:
-                raise TypeError("it widens")  # no need to compile ours for that
-            return rotated
 
-        for make, heads in (of_both, of_one):
+def _find_turn(
+    theirs: Callable[..., Any], ours: Callable[[Turn], Callable[..., Any]], *heads: torch.Tensor
+) -> Turn | None:
+    """The turn with which ``ours`` does what ``theirs`` does with ``heads``; None if there is none.
 
-            def turns(
-                turn: Turn, num_angles: int, dtype: torch.dtype = HALF[0], make=make, heads=heads
-            ) -> bool:
-                angles = made_up(2, TRIAL_ROWS, 1, num_angles, like=like, dtype=dtype)
-                return agree(narrow, make(theirs, turn=turn), *heads, *angles)
+    Args:
+        theirs, ours: of heads ``[B, H, 1, D]``, cosines and sines; several tensors.
+    """
 
-            for turn in TURNS:
-                num_angles = TRIAL_SIZE // 2 if turn.angles == "pair" else TRIAL_SIZE
-                if turns(turn, num_angles):
-                    if make is make_rotary_of_one and not self._takes_either(theirs, turn, q):
-                        return None
-                    in_part = turns(turn._replace(partial=True), num_angles // 2)
-                    wide = turns(turn._replace(wide=True), num_angles, torch.float32)
-                    turn = turn._replace(partial=in_part, wide=wide)
-                    return make(theirs, self._rotate, turn)
-        return None
+    def narrow(*trial: torch.Tensor) -> Any:
+        rotated = theirs(*trial)
+        if rotated[0].dtype != heads[0].dtype:
+            raise TypeError("it widens")  # no need to compile ours for that
+        return rotated
 
-    def _takes_either(
-        self, theirs: Callable[..., torch.Tensor], turn: Turn, x: torch.Tensor
-    ) -> bool:
-        """Whether ``unsqueeze_dim=2`` means that heads come behind tokens."""
-        ours = make_rotary_of_one(theirs, turn=turn)
+    def turns(turn: Turn, num_angles: int, dtype: torch.dtype = HALF[0]) -> bool:
+        angles = made_up(2, TRIAL_ROWS, 1, num_angles, like=heads[0], dtype=dtype)
+        return agree(narrow, ours(turn), *heads, *angles)
+
+    for turn in TURNS:
         num_angles = TRIAL_SIZE // 2 if turn.angles == "pair" else TRIAL_SIZE
-        angles = made_up(2, TRIAL_ROWS, 1, num_angles, like=x)
-        trial = x.transpose(1, 2), *angles
-        one, other = (partial(rotary, unsqueeze_dim=2) for rotary in (theirs, ours))
-        return agree(one, other, *trial)
+        if turns(turn, num_angles):
+            partial = turns(turn._replace(partial=True), num_angles // 2)
+            wide = turns(turn._replace(wide=True), num_angles, torch.float32)
+            return turn._replace(partial=partial, wide=wide)
+    return None
+
+
+def _either_way(rotary: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+    """``rotary`` of one tensor, whose heads come before its tokens, and then behind them."""
+
+    def both(x: torch.Tensor, *angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return rotary(x, *angles), rotary(x.transpose(1, 2), *angles, unsqueeze_dim=2)
+
+    return both
