@@ -36,6 +36,7 @@ class Case:
         window: tokens of a sliding window.
         num_new: the last tokens of each row that are new.
         allocated: blocks lie as the allocator placed them, not anywhere.
+        shift: about how far from 0 all scores are, as biases of queries and keys put them.
     """
 
     workload: str
@@ -47,6 +48,7 @@ class Case:
     num_new: int = 1
     deterministic: bool = False
     allocated: bool = False
+    shift: int = 0
 
     @property
     def name(self) -> str:
@@ -55,6 +57,7 @@ class Case:
         said += [self.dtype] * (self.dtype != "bfloat16")
         said += [f"window {self.window:,}"] if self.window else []
         said += [f"{self.num_new} new tokens"] * (self.num_new > 1)
+        said += [f"scores around {self.shift}"] * bool(self.shift)
         said += ["deterministic"] * self.deterministic + ["as allocated"] * self.allocated
         return ", ".join(said)
 
@@ -76,6 +79,11 @@ class Case:
         return float(self.head_dim**-0.5)
 
     @property
+    def bias(self) -> float:
+        """Of every number of queries and keys."""
+        return float((self.shift / self.scale / self.head_dim) ** 0.5)
+
+    @property
     def spec(self) -> KVSpec:
         dtype: torch.dtype = getattr(torch, self.dtype)
         return KVSpec(self.num_kv_heads, self.head_dim, self.head_dim, dtype, DEVICE)
@@ -95,8 +103,9 @@ OTHER_CASES = [
     *(Case("W3", num_new=num_new) for num_new in (4, 16)),
     *(Case(name, window=1_024) for name in ("W3", "W2")),
     *(Case(name, dtype="float16") for name in ("W1_64", "W3")),
-    *(Case(name, head_dim=head_dim) for head_dim in (64, 256) for name in ("W1_64", "W3")),
+    *(Case(name, head_dim=head_dim) for head_dim in (64, 256, 512) for name in ("W1_64", "W3")),
     *(Case(name, 28, 4) for name in ("W1_64", "W3")),
+    *(Case(name, shift=100) for name in ("W1_64", "W2")),
     Case("W1_64", dtype="float32"),
 ]
 
@@ -156,7 +165,10 @@ class Data:
         if num_layers is None:
             is_small = workloads.unique_bytes(tree, case.spec) < SMALL_TREE_BYTES
             num_layers = 12 if is_small else 8
-        return cls(tree, workloads.fill(tree, case.spec, num_layers))
+        storage = workloads.fill(tree, case.spec, num_layers)
+        for layer in range(num_layers):
+            storage.first_planes(layer)[0].add_(case.bias)
+        return cls(tree, storage)
 
     @property
     def num_layers(self) -> int:
@@ -181,7 +193,8 @@ class Step:
         torch.manual_seed(1)
         shape = (self.num_rows, case.num_q_heads, case.num_new, case.head_dim)
         self.q = [
-            torch.randn(shape, device=DEVICE).to(case.spec.dtype) for _ in range(data.num_layers)
+            torch.randn(shape, device=DEVICE).add_(case.bias).to(case.spec.dtype)
+            for _ in range(data.num_layers)
         ]
 
     @cached_property

@@ -51,6 +51,7 @@ WORKLOADS = {
     "32B": [Workload(2_000, 64, 64)],
     "30B of experts": [Workload(2_000, 64, 64)],
     "4B, Gemma": [Workload(2_000, 64, 64)],
+    "E4B, Gemma 4": [Workload(2_000, 64, 64)],
     "9B, GLM": [Workload(2_000, 64, 64)],
     "tiny": [
         Workload(40, 4, 12),

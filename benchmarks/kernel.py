@@ -386,7 +386,7 @@ def run_ours(cases: list[Case], limits: dict[str, float], results: Results) -> N
     made: tuple[Any, Data] | None = None
     gathers: dict[Any, float] = {}
     for case in cases:
-        key = (case.workload, case.spec, case.allocated)
+        key = (case.workload, case.spec, case.allocated, case.shift)
         try:
             if made is None or made[0] != key:
                 made = None

@@ -8,6 +8,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GlmConfig,
     LlamaConfig,
     PretrainedConfig,
@@ -110,6 +111,26 @@ def gemma_4b() -> PretrainedConfig:
     )
 
 
+def gemma_e4b() -> PretrainedConfig:
+    """Gemma-4-E4B: heads of 256 with a window, of 512 without; 18 layers read others' K and V."""
+    return Gemma4TextConfig(
+        vocab_size=262_144,
+        hidden_size=2_560,
+        intermediate_size=10_240,
+        num_hidden_layers=42,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=256,
+        global_head_dim=512,
+        num_kv_shared_layers=18,
+        hidden_size_per_layer_input=256,
+        sliding_window=512,
+        final_logit_softcapping=30.0,
+        max_position_embeddings=LONG,
+        tie_word_embeddings=True,
+    )
+
+
 def glm_9b() -> PretrainedConfig:
     """GLM-4-9B: gate and up share a weight, neighbours are rotated, and half of a head."""
     return GlmConfig(
@@ -148,6 +169,7 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "32B": qwen_32b,
     "30B of experts": qwen_30b_experts,
     "4B, Gemma": gemma_4b,
+    "E4B, Gemma 4": gemma_e4b,
     "9B, GLM": glm_9b,
     "tiny": tiny,
 }
@@ -169,18 +191,18 @@ def build(name: str, device: str = "cuda") -> PreTrainedModel:
     Where there are experts, embeddings outweigh what layers add, so that tokens choose their own.
     """
     model = outline(name).to_empty(device=device)
-    config = model.config
-    model.tie_weights()
+    model.init_weights()  # for buffers; what are parameters is drawn below, in the same way for all
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(1)
-        if hasattr(config, "num_experts"):
+        if model.config.model_type == "gemma4_text":
+            # Scores are not divided by sqrt(D) there: trained weights of these norms see to that.
+            for part, module in model.named_modules():
+                if part.endswith(("q_norm", "k_norm")):
+                    module.weight.fill_(len(module.weight) ** -0.25)
+        if hasattr(model.config, "num_experts"):
             model.get_input_embeddings().weight.normal_(0, 1)
-        if hasattr(model.get_input_embeddings(), "embed_scale"):
-            model.get_input_embeddings().embed_scale.fill_(config.hidden_size**0.5)
-    rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config=config).to(device)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.eval()
@@ -188,32 +210,37 @@ def build(name: str, device: str = "cuda") -> PreTrainedModel:
 
 def bytes_read(model: PreTrainedModel, share_of_experts: float = 1.0) -> int:
     """Bytes of weights that a decode step must read, if its rows hit so many of the experts."""
-    embedding = model.get_input_embeddings().weight
+    tied = model.get_input_embeddings().weight if model.config.tie_word_embeddings else None
+    looked_up = {
+        module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)
+    }
     total = 0.0
     for name, parameter in model.named_parameters():
-        if parameter is embedding and not model.config.tie_word_embeddings:
-            continue
-        total += parameter.nbytes * (share_of_experts if ".experts." in name else 1.0)
+        if parameter is tied or parameter not in looked_up:
+            total += parameter.nbytes * (share_of_experts if ".experts." in name else 1.0)
     return int(total)
 
 
 def token_bytes(config: PretrainedConfig) -> int:
-    """Bytes of K and V of one token, all layers, in bfloat16."""
-    return config.num_hidden_layers * _layer_token_bytes(config)
+    """Bytes of K and V of one token, all layers that keep their own, in bfloat16."""
+    kept = config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)
+    return sum(_layer_token_bytes(config, layer) for layer in range(kept))
 
 
 def unique_bytes(config: PretrainedConfig, prompt: int, rows: int, own: int) -> int:
     """Bytes of K and V that a step must read: of one prompt, and each row's own tokens."""
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    tokens = 0
-    for kind in kinds:
+    total = 0
+    for layer, kind in enumerate(kinds):
         most = config.sliding_window if kind == "sliding_attention" else prompt + own
-        tokens += min(prompt, max(0, most - own)) + rows * min(own, most)
-    return tokens * _layer_token_bytes(config)
+        tokens = min(prompt, max(0, most - own)) + rows * min(own, most)
+        total += tokens * _layer_token_bytes(config, layer)
+    return total
 
 
-def _layer_token_bytes(config: PretrainedConfig) -> int:
-    head_dim = getattr(config, "head_dim", None) or (
+def _layer_token_bytes(config: PretrainedConfig, layer: int) -> int:
+    of_layer = config.per_layer_config[layer]
+    head_dim = getattr(of_layer, "head_dim", None) or (
         config.hidden_size // config.num_attention_heads
     )
-    return 2 * 2 * config.num_key_value_heads * head_dim
+    return 2 * 2 * of_layer.num_key_value_heads * head_dim

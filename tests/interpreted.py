@@ -46,6 +46,7 @@ from test_forward import (
 from torch._dynamo.utils import counters
 from trees import SHAPES, ShadowTree
 
+from hf_tree_cache.attention import kernel
 from hf_tree_cache.attention.dispatch import run_tree_attention
 from hf_tree_cache.attention.plan import Window
 from hf_tree_cache.attention.tiles import Tiles, TileSet
@@ -164,6 +165,38 @@ def run_long_heads() -> list[str]:
         work = workspace.work
         if work is None or not (work.num_large and len(work.items) > work.num_work):
             wrong.append(f"{dims}: no large items, or no merges")
+    return [text for text in wrong if text is not None]
+
+
+def run_far_scores() -> list[str]:
+    """Biases of keys put all scores far from 0: items are computed twice for wide scores only."""
+    twice = []
+
+    def find_maxima(*arguments: Any) -> Any:
+        twice.append(arguments)
+        return theirs(*arguments)
+
+    wrong = []
+    theirs = kernel.find_maxima
+    for shift, spread in ((80, 1), (-80, 1), (80, 64), (-80, 64)):
+        family = Family(torch.float32, (16, 16), 4, 16, num_kv_heads=1)
+        tree = grow(ShadowTree(16), [150], " ".join("0" * 11), [1] * 11)
+        call, workspace = call_over(family, tree, "cpu"), family.workspace("cpu")
+        bias = (abs(shift) / call.options["scale"] / 16) ** 0.5
+        call.q[::2] *= spread
+        call.q.add_(bias)
+        call.storage.first_planes(call.layer)[0].add_(bias if shift > 0 else -bias)
+        want = call.reference()
+        twice.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernel, "find_maxima", find_maxima)
+            # In float32 scores so far from 0 are off by some 1e-5.
+            wrong.append(call.complain(call.attend(workspace), want, factor=5.0 * spread))
+        work = workspace.work
+        if work is None or not (work.num_large and float(want[1].abs().median()) > 40):
+            wrong.append(f"no large items, or scores are not far from 0: {want[1].median()}")
+        if bool(twice) != (spread > 1):
+            wrong.append(f"shift {shift}, spread {spread}: {len(twice)} items computed twice")
     return [text for text in wrong if text is not None]
 
 
@@ -339,6 +372,7 @@ def main(num_trees: int) -> None:
         ("growth", run_growth),
         ("braids", run_braids),
         ("long heads", run_long_heads),
+        ("far scores", run_far_scores),
         ("blanks", run_blanks),
         ("dispatch", run_dispatch),
     ]

@@ -729,7 +729,7 @@ def test_auto_takes_the_kernel_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None
         (torch.float64, 64, 4, 16, "float64"),
         (BF16, 64, 4, 3, "block size 3"),
         (BF16, 64, 17, 16, "17 query heads"),
-        (BF16, 512, 4, 16, "512"),
+        (BF16, 576, 4, 16, "576"),
     ],
     ids=["float64", "blocks of 3", "a group of 17", "long heads"],
 )

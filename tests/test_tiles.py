@@ -268,10 +268,14 @@ def test_without_a_gpu_the_tuner_says_so(tuner: Any, monkeypatch: pytest.MonkeyP
 def test_the_tuner_refuses_what_the_kernel_does_not_serve(
     tuner: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for words in (["--group", "17"], ["--head-dim", "512"]):
+    for words, most in (
+        (["--group", "17"], "up to 16 query heads"),
+        (["--head-dim", "1024"], "in bfloat16 the kernel serves head dims up to 512"),
+        (["--head-dim", "512", "--dtype", "float32"], "head dims up to 256"),
+    ):
         with pytest.raises(SystemExit):
             tuner.main(words)
-        assert "up to 16 query heads" in capsys.readouterr().err
+        assert most in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("steps", ["QUICK", "THOROUGH"])

@@ -126,15 +126,17 @@ def _work(
     b_id_v = b_id
     if SPLIT_LIST:
         b_id_v = tl.load(p_ids + v_list + i_tile // PER_BLOCK * PER_TILE)
+    # With a window, heads of 128 leave no registers for it where three programs share an SM.
+    PIVOT: tl.constexpr = FIXED and (WINDOW == 0 or DKP != 128)
     b_max = tl.full([M], 0.0 if FIXED else float("-inf"), tl.float32)
     b_acc, b_max, b_sum = attend(
         p_k, p_v, p_ids, b_q, b_id, b_id_v, b_max, b_limit, b_lower, b_left, b_end, lane_bits,
         i_head, i_tile, num_full, num_tokens, v_list, qk_scale, cap_scale, HKV, DK, DV, DKP, DVP, S,
-        M, KV, STAGES, PEEL, WINDOW, FIXED, SOFTCAP, SPLIT_LIST, PRECISION, LANES,
+        M, KV, STAGES, PEEL, WINDOW, FIXED, PIVOT, SOFTCAP, SPLIT_LIST, PRECISION, LANES,
     )  # fmt: skip
     if FIXED:
-        # Nothing waited for a maximum, and no sum was scaled. Where the powers left float32, once
-        # more around the true maximum.
+        # Nothing waited for a running maximum, and no sum was scaled. Where the powers left
+        # float32, once more around the true maximum.
         m_sound = (b_sum > 2.0**-64) & (b_sum < 2.0**64)
         m_sound = m_sound & (tl.max(tl.abs(b_acc), 1) < float("inf"))
         b_first = tl.maximum(b_lower, 0) if WINDOW != 0 else b_lower * 0
@@ -151,11 +153,11 @@ def _work(
                 p_k, p_few, b_q, b_few, b_limit, b_lower, i_head, num_tokens, qk_scale, cap_scale,
                 HKV, DK, DKP, S, M, FEW, WINDOW, SOFTCAP, PRECISION,
             )  # fmt: skip
-            b_max = tl.where(m_sees & ~m_sound, b_top, 0.0)
+            b_max = tl.where(m_sees & ~m_sound, b_top, b_max)
             b_acc, b_max, b_sum = attend(
                 p_k, p_v, p_few, b_q, b_few, b_few_v, b_max, b_limit, b_lower, b_left, b_end, 0,
                 i_head, 0, 0, num_tokens, v_list, qk_scale, cap_scale, HKV, DK, DV, DKP, DVP, S, M,
-                FEW, 1, False, WINDOW, True, SOFTCAP, SPLIT_LIST, PRECISION, 1,
+                FEW, 1, False, WINDOW, True, False, SOFTCAP, SPLIT_LIST, PRECISION, 1,
             )  # fmt: skip
 
     m_out = m_query[:, None] & (o_dv < DV)[None, :]
@@ -243,7 +245,7 @@ def tree_attention_kernel(
     REVERSED: tl.constexpr,  # start from the last item, to test what then keeps merges safe
     PEEL: tl.constexpr,
     WINDOW: tl.constexpr,  # 0 none, 1 sliding, 2 chunked
-    FIXED: tl.constexpr,  # large items: powers of 2 as they are, not relative to a running maximum
+    FIXED: tl.constexpr,  # large items: powers of 2 relative to a pivot, not to a running maximum
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     SPLIT_LIST: tl.constexpr,

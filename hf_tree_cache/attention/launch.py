@@ -34,6 +34,11 @@ SYNC_HEAD = 3
 """Counters before the flags, see ``p_sync`` of the kernel."""
 
 
+def longest_heads(dtype: torch.dtype) -> int:
+    """The largest head dim that the kernel serves: products in float32 take more registers."""
+    return 256 if dtype == torch.float32 else 512
+
+
 def find_obstacle(q: torch.Tensor, storage: KVStorage, scale: float) -> str | None:
     """Why the kernel cannot serve a call; None if it can."""
     spec, size = storage.spec, storage.block_size
@@ -43,7 +48,7 @@ def find_obstacle(q: torch.Tensor, storage: KVStorage, scale: float) -> str | No
         return f"dtype {spec.dtype}"
     if size & (size - 1) or size > 64:
         return f"block size {size}, not a power of two up to 64"
-    longest = 256 if spec.dtype == torch.float32 else 512
+    longest = longest_heads(spec.dtype)
     if max(spec.k_head_dim, spec.v_head_dim) > longest:
         return f"head dims {spec.k_head_dim} and {spec.v_head_dim}, more than {longest}"
     if q.shape[1] > 16 * spec.num_kv_heads:
@@ -371,10 +376,10 @@ class Workspace:
     def _is_fixed(self) -> bool:
         """Whether softmax of large items has no running maximum.
 
-        Powers of 2 as they come do not fit in float16, and float32 has no tensor cores to keep
-        busy; in the interpreter it stands for bfloat16. Where a query has to be done again, so are
-        those beside it, which is not deterministic. Triton before 3.8 fails to compile it for
-        Blackwell's data centre GPUs.
+        Powers of 2 that are relative to the first tile may not fit in float16, and float32 has no
+        tensor cores to keep busy; in the interpreter it stands for bfloat16. Where a query has to
+        be done again, so are those beside it, which is not deterministic. Triton before 3.8 fails
+        to compile it for Blackwell's data centre GPUs.
         """
         dtype, arch = self.key.spec.dtype, _arch(self.key.spec.device)
         fits = dtype == torch.bfloat16 or (arch == "interpreter" and dtype == torch.float32)

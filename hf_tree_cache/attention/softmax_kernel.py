@@ -27,34 +27,38 @@ def _accumulate(
     b_k,  # [KV, DK]
     b_v,  # [KV, DV]
     b_acc,  # [M, DV] float32
-    b_max,  # [M] running maximum of the scores, or the fixed pivot, times log2(e)
+    b_max,  # [M] running maximum of the scores, or the pivot, times log2(e)
     b_sum,  # [M] running sum
     b_norm,  # [M, ONES] the same of weights as the product rounds them
     b_ones,  # [KV, ONES]
     m_seen,  # [M, KV]
+    is_first,
     qk_scale,
     cap_scale,
     MASKED: tl.constexpr,
     BLIND: tl.constexpr,  # a query may see nothing of a tile, and nothing before it
-    FIXED: tl.constexpr,
+    FIXED: tl.constexpr,  # weights are relative to a pivot, not to a running maximum
+    PIVOT: tl.constexpr,  # the first tile's maximum; else it is given
     ROUNDED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One step of softmax, base 2."""
     b_s = _scores(b_q, b_k, cap_scale, SOFTCAP, PRECISION)
+    if MASKED:
+        b_s = tl.where(m_seen, b_s, float("-inf"))
     if FIXED:
+        # Once: a product waits for it, and it need not be the largest of all.
+        if PIVOT and is_first:
+            b_top = tl.max(b_s, 1) * qk_scale
+            b_max = tl.where(b_top == float("-inf"), 0.0, b_top) if MASKED else b_top
         b_p = tl.math.exp2(b_s * qk_scale - b_max[:, None])
-        if MASKED:
-            b_p = tl.where(m_seen, b_p, 0.0)
         if ROUNDED:
-            # As the product has them: the largest is not exact, as it is relative to a maximum.
+            # As the product has them: the largest is not exact unless it is the pivot.
             b_norm = tl.dot(b_p.to(b_v.dtype), b_ones, b_norm)
         else:
             b_sum += tl.sum(b_p, 1)
     else:
-        if MASKED:
-            b_s = tl.where(m_seen, b_s, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1) * qk_scale)
         b_pivot = b_new
         if BLIND:
@@ -76,7 +80,7 @@ def attend(
     b_q,  # [M, DK]
     b_id,  # [KV] first block numbers
     b_id_v,
-    b_max,  # [M] the pivot, if it is fixed
+    b_max,  # [M] to begin with, or the pivot
     b_limit,  # [M] tokens that each may see
     b_lower,  # [M] and those before that it may not
     b_left,  # [M, KV] if there are lanes: tokens that each may see from a token of tile 0 on
@@ -101,6 +105,7 @@ def attend(
     PEEL: tl.constexpr,
     WINDOW: tl.constexpr,
     FIXED: tl.constexpr,
+    PIVOT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SPLIT_LIST: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -120,6 +125,7 @@ def attend(
     b_sum = tl.zeros([M], tl.float32)
     b_norm = tl.zeros([M, ONES], tl.float32)
     b_ones = tl.full([KV, ONES], 1.0, p_v.dtype.element_ty)
+    i_first = i_tile
     if PEEL:
         # Tokens that all queries see: no masks.
         num_plain = num_full // KV
@@ -141,8 +147,8 @@ def attend(
             else:
                 b_v = tl.load(p_v + (o_bv[:, None] + o_v), mask=(o_dv < DV)[None, :], other=0.0)
             b_acc, b_max, b_sum, b_norm = _accumulate(
-                b_q, b_k, b_v, b_acc, b_max, b_sum, b_norm, b_ones, None, qk_scale, cap_scale,
-                False, False, FIXED, ROUNDED, SOFTCAP, PRECISION,
+                b_q, b_k, b_v, b_acc, b_max, b_sum, b_norm, b_ones, None, t == 0, qk_scale,
+                cap_scale, False, False, FIXED, PIVOT, ROUNDED, SOFTCAP, PRECISION,
             )  # fmt: skip
             b_id = b_next
             b_id_v = b_next_v
@@ -176,8 +182,8 @@ def attend(
         if WINDOW != 0:
             m_seen = m_seen & (o_token[None, :] >= b_lower[:, None])
         b_acc, b_max, b_sum, b_norm = _accumulate(
-            b_q, b_k, b_v, b_acc, b_max, b_sum, b_norm, b_ones, m_seen, qk_scale, cap_scale,
-            True, WINDOW != 0, FIXED, ROUNDED, SOFTCAP, PRECISION,
+            b_q, b_k, b_v, b_acc, b_max, b_sum, b_norm, b_ones, m_seen, t == i_first, qk_scale,
+            cap_scale, True, WINDOW != 0, FIXED, PIVOT, ROUNDED, SOFTCAP, PRECISION,
         )  # fmt: skip
         b_id = b_next
         b_id_v = b_next_v

@@ -154,6 +154,7 @@ _FLOAT = Tiles(kv_small=16, merge_parts=2, max_registers=128)
 _FLOAT_256 = replace(_FLOAT, stages_small=2, max_registers=168)
 _AMD = Tiles(kv_small=32, stages_small=2, stages_large=2, merge_parts=4)
 _AMD_16 = replace(_AMD, m_large=32, kv_small=16, kv_large=16, merge_parts=2)
+_WIDE_MERGES = Tiles(max_registers=168, merge_rows=16, merge_parts=4, programs_per_sm=3)
 _LONG = Tiles(
     m_large=32, kv_small=16, kv_large=16, stages_small=2, stages_large=2, num_warps=8,
     merge_rows=4, merge_parts=2, programs_per_sm=1,
@@ -163,6 +164,8 @@ _ROWS: tuple[tuple[tuple[str, ...], int, tuple[int, ...], Tiles, Tiles], ...] = 
     # bfloat16 and float16
     (_ROOMY, 2, _EASY, Tiles(kv_large=64, max_registers=168, programs_per_sm=3),
      Tiles(max_registers=128, programs_per_sm=4)),
+    # Measured on an H200.
+    (("sm_90",), 2, (64,), replace(_WIDE_MERGES, kv_large=64), _WIDE_MERGES),
     (_TIGHT, 2, _EASY, Tiles(kv_large=64),
      Tiles(stages_small=2, max_registers=128, programs_per_sm=4)),
     # Measured on an H200, merges of lists without large items excepted.
@@ -179,8 +182,11 @@ _ROWS: tuple[tuple[tuple[str, ...], int, tuple[int, ...], Tiles, Tiles], ...] = 
      Tiles(kv_small=32, stages_small=2, merge_parts=2, programs_per_sm=3)),
     (_TIGHT, 2, (256,), Tiles(kv_small=32, kv_large=16, merge_parts=2, programs_per_sm=1),
      Tiles(kv_small=32, stages_small=2, merge_parts=2, max_registers=168)),
-    # Compiled, and run in the interpreter; not on a GPU yet.
-    (("sm_90", "sm_100"), 2, (512,), _LONG_4, replace(_LONG_4, programs_per_sm=4)),
+    # Measured on an H200.
+    (("sm_90",), 2, (512,),
+     replace(_LONG_4, kv_small=32, merge_parts=8),
+     replace(_LONG_4, kv_small=32, stages_small=3, merge_parts=8, programs_per_sm=1)),
+    (("sm_100",), 2, (512,), _LONG_4, replace(_LONG_4, programs_per_sm=4)),
     (("sm_80",), 2, (512,), _LONG, replace(_LONG_4, programs_per_sm=3)),
     (_TIGHT, 2, (512,), _LONG, _LONG_4),
     # float32
@@ -216,7 +222,7 @@ TABLE: dict[Key, TileSet] = {
 }
 """The built-in tiles."""
 
-MEASURED = {("sm_90", 2, 128)}
+MEASURED = {("sm_90", 2, head_dim) for head_dim in (64, 128, 512)}
 """Entries of the table that were chosen by time; the others are what fits without spills."""
 
 TILES_VARIABLE = "HF_TREE_CACHE_TILES"

@@ -32,7 +32,7 @@ from triton.testing import do_bench_cudagraph
 from ..memory.allocator import PhysicalKVAllocator
 from ..memory.storage import KVSpec, KVStorage
 from ..memory.tree import BranchTree
-from .launch import Workspace, WorkspaceKey, find_tiles, tiles_key
+from .launch import Workspace, WorkspaceKey, find_tiles, longest_heads, tiles_key
 from .plan import build_plan
 from .tiles import LIMITS, TUNE_VARIABLE, TUNER, Limits, Tiles, TileSet, write_tuned
 
@@ -251,8 +251,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--seconds", type=float, help="about how long it may take; default 300, with --quick 60"
     )
     options = parser.parse_args(arguments)
-    if not (1 <= options.group <= 16 and 1 <= options.head_dim <= 256):
-        parser.error("the kernel serves head dims up to 256, and up to 16 query heads a K/V head")
+    head_dim, dtype = options.head_dim, getattr(torch, options.dtype)
+    longest = longest_heads(dtype)
+    if not (1 <= options.group <= 16 and 1 <= head_dim <= longest):
+        parser.error(
+            f"in {options.dtype} the kernel serves head dims up to {longest}, and up to 16 query "
+            f"heads a K/V head"
+        )
     if not torch.cuda.is_available():
         sys.exit(
             "The tuner times kernels on a GPU, and torch sees none here (torch.cuda.is_available() "
@@ -260,7 +265,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     os.environ[TUNE_VARIABLE] = "0"
     device = torch.device("cuda", options.device)
-    head_dim, dtype = options.head_dim, getattr(torch, options.dtype)
     spec = KVSpec(options.kv_heads, head_dim, head_dim, dtype, device)
     with torch.cuda.device(device):
         seconds = options.seconds or (60 if options.quick else 300)
