@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -32,7 +33,14 @@ from hf_tree_cache.forward.rotary import (
     make_rotary,
     make_rotary_of_one,
 )
-from hf_tree_cache.forward.small import Sum, activate, gated_product, make_norm, rms_norm
+from hf_tree_cache.forward.small import (
+    Activated,
+    Sum,
+    activate,
+    gated_product,
+    make_norm,
+    rms_norm,
+)
 from hf_tree_cache.integration import gated as gated_module
 from hf_tree_cache.integration import linears as linears_module
 from hf_tree_cache.integration.gated import GatedUnits, find_style
@@ -483,7 +491,7 @@ LAUNCHES = {
     "qwen3": (7, 3, 0),
     "gemma2": (7, 0, 3),
     "gemma3": (7, 3, 0),
-    "gemma4": (20, 6, 0),
+    "gemma4": (16, 6, 0),
     "olmo2": (12, 0, 3),
 }
 """One before each layer's attention, one before its unit, one at the end, with the norms behind
@@ -562,6 +570,60 @@ def test_norms_wait_for_their_rotation_or_for_the_next_operator(monkeypatch):
         # Whoever else asks sees it.
         of_heads(0, 16).neg()
         assert len(written) == 7
+
+
+@torch.no_grad()
+def test_an_activation_waits_for_its_product(monkeypatch):
+    monkeypatch.setattr(small, "serves", lambda x: True)
+    launches = []
+
+    def launch(gate, up, activation, *, kept):
+        launches.append((activation, kept.copy_(activate(gate, activation))))
+        return kept * up
+
+    monkeypatch.setattr(small, "_launch_gated", launch)
+    x, up = torch.randn(2, 3, 1, 8)
+    ways = [
+        (nn.functional.silu, "silu"),
+        (nn.functional.gelu, "gelu"),
+        (partial(nn.functional.gelu, approximate="tanh"), "gelu_tanh"),
+    ]
+    with Pending({8}):
+        for act, name in ways:
+            for swapped in (False, True):
+                gate = act(x)
+                got = up * gate if swapped else gate * up
+                assert launches.pop()[0] == name
+                assert torch.equal(gate, activate(x, name)) and torch.equal(got, gate * up)
+        launches.clear()
+        # Of another shape, with itself, by a number, or after somebody looked.
+        wide = act(x) * torch.randn(3, 1, 1)
+        square = (gate := act(x)) * gate
+        twice = act(x) * 2
+        seen = act(x)
+        assert torch.equal(seen.neg() * up, -gate * up)
+        assert torch.equal(seen * up, gate * up)
+        assert wide.isfinite().all() and torch.equal(square, gate.square())
+        assert torch.equal(twice, gate + gate) and not launches
+
+
+@torch.no_grad()
+def test_a_sum_that_waits_is_multiplied_by_a_number(monkeypatch):
+    x, y = torch.randn(2, 3, 1, 8, dtype=torch.bfloat16)
+    factor, row = torch.tensor([0.3]).to(x), torch.randn(8).to(x)
+    plain = x + y
+    with Pending({8}) as pending:
+        for times in (1, 2):
+            added = x + y
+            for _ in range(times):
+                assert added.mul_(factor) is added
+            assert (times == 1) == bool(pending._waiting)
+            want = plain * factor
+            assert torch.equal(added, want if times == 1 else want * factor)
+        for other in (row, factor.float()):
+            added = x + y
+            added *= other
+            assert not pending._waiting and torch.equal(added, plain.clone().mul_(other))
 
 
 def test_a_sum_is_written_where_the_kernel_does_not_serve_its_norm(monkeypatch):
@@ -686,6 +748,17 @@ def error_of_norm(dtype, device):
                 got = rms_norm(added.out, weight, 1e-5, more=last, added=added)
                 assert torch.equal(got, rms_norm(x / 3 + one, weight, 1e-5, more=last))
             assert torch.equal(first.out, one) and torch.equal(added.out, x / 3 + one)
+        # Times a number; a sum with a norm before it and without, and a norm behind it.
+        factor = torch.tensor([0.7], dtype=dtype, device=device)
+        for first in (None, make_norm(x, other, 1e-6, 1.0)):
+            for last in (False, True):
+                added = Sum(x / 3, one, torch.empty_like(x), first, factor)
+                if last:
+                    got = rms_norm(added.out, weight, 1e-5, added=added)
+                    assert torch.equal(got, rms_norm((x / 3 + one) * factor, weight, 1e-5))
+                else:
+                    added.write()
+                assert torch.equal(added.out, (x / 3 + one) * factor)
     # Heads of one product for these and others, as they come and transposed; a part of a row.
     joined = torch.randn(3, 1, 7 * 24).to(dtype).to(device)
     heads = joined[..., 48:120].unflatten(-1, (3, 24))
@@ -704,6 +777,15 @@ def error_of_gated_product(dtype, device):
             got = gated_product(gate, up, activation)
             assert got.shape == (rows, 1, size) and got.dtype == dtype
             worst = max(worst, float((got.double() - want).norm() / want.norm()))
+            # As the model's two operators have it, and where a model looks at the first alone.
+            kept = Activated(gate, activation, torch.empty(rows, 1, size).to(gate))
+            got = kept.times(up)
+            near = (kept.out - activate(gate, activation)).abs()
+            assert (near <= 2**-7 * kept.out.abs() + 1e-6).all()
+            assert torch.equal(got, kept.out * up)
+            again = Activated(gate, activation, torch.empty_like(kept.out))
+            again.write()
+            assert torch.equal(again.out, activate(gate, activation))
     return worst
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -85,10 +86,17 @@ def test_small_steps_fit(arch: str, monkeypatch: pytest.MonkeyPatch, tmp_path: P
         added.write() if norm is None else norm.write(added)
         assert launched.options["FIRST"] and launched.options["LAST"] == (norm is not None)
         check(arch, kernel, launched, tmp_path)
+        scaled = replace(added, factor=weight[:1])
+        scaled.write() if norm is None else norm.write(scaled)
+        assert launched.options["SCALED"]
+        check(arch, kernel, launched, tmp_path)
     kernel, launched = small.gated_product_kernel, Kernel()
     monkeypatch.setattr(small, "gated_product_kernel", launched)
     for activation in linear.ACTIVATIONS:
         small.gated_product(x, x, activation)
+        check(arch, kernel, launched, tmp_path)
+        small.Activated(x, activation, torch.empty_like(x)).times(x)
+        assert launched.options["KEPT"]
         check(arch, kernel, launched, tmp_path)
 
 

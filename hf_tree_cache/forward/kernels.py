@@ -125,6 +125,7 @@ def rms_norm_kernel(
     p_first_weight,  # [SIZE]; x is normed first, and added then, if FIRST
     p_first,  # [rows, SIZE]
     p_other,  # [rows, SIZE], added, if ADD
+    p_factor,  # [1], of the sum, if SCALED
     p_sum,  # [rows, SIZE]
     p_weight,  # [SIZE]; of what is there then, if LAST
     p_y,  # [rows, SIZE]
@@ -137,6 +138,7 @@ def rms_norm_kernel(
     HEADS: tl.constexpr,
     FIRST: tl.constexpr,
     ADD: tl.constexpr,
+    SCALED: tl.constexpr,
     LAST: tl.constexpr,
     FIRST_MORE: tl.constexpr,  # than the weight
     MORE: tl.constexpr,
@@ -160,6 +162,9 @@ def rms_norm_kernel(
     if ADD:
         b_x += tl.load(p_other + p_row, mask=m_n, other=0.0).to(tl.float32)
         b_sum = b_x.to(p_sum.dtype.element_ty)
+        if SCALED:
+            b_x = b_sum.to(tl.float32) * tl.load(p_factor).to(tl.float32)
+            b_sum = b_x.to(p_sum.dtype.element_ty)
         tl.store(p_sum + p_row, b_sum, mask=m_n)
         b_x = b_sum.to(tl.float32)
     if LAST:
@@ -178,15 +183,17 @@ def normed(b_x, b_weight, eps, SIZE: tl.constexpr):
 def gated_product_kernel(
     p_gate,  # [rows, SIZE], any stride between rows
     p_up,
+    p_activated,  # [rows, SIZE], if KEPT
     p_y,  # [rows, SIZE]
     stride_gate,
     stride_up,
     SIZE: tl.constexpr,
     TILE: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    KEPT: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """activation(gate) * up; a program a row and tile."""
+    """activation(gate) * up; a program a row and tile. What is kept on the way is rounded."""
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
@@ -195,7 +202,12 @@ def gated_product_kernel(
     m_n = o_n < SIZE
     b_gate = tl.load(p_gate + i_row * stride_gate + o_n, mask=m_n, other=0.0).to(tl.float32)
     b_up = tl.load(p_up + i_row * stride_up + o_n, mask=m_n, other=0.0).to(tl.float32)
-    b_y = activate(b_gate, ACTIVATION) * b_up
+    b_activated = activate(b_gate, ACTIVATION)
+    if KEPT:
+        b_kept = b_activated.to(p_activated.dtype.element_ty)
+        tl.store(p_activated + i_row * SIZE + o_n, b_kept, mask=m_n)
+        b_activated = b_kept.to(tl.float32)
+    b_y = b_activated * b_up
     tl.store(p_y + i_row * SIZE + o_n, b_y.to(p_y.dtype.element_ty), mask=m_n)
 
 

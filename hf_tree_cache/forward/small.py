@@ -69,18 +69,42 @@ class Sum:
 
     Attributes:
         normed: the norm that ``second`` stands for, if that has not been written.
+        factor: of one number, which the sum is multiplied by once it is rounded.
     """
 
     first: torch.Tensor
     second: torch.Tensor
     out: torch.Tensor
     normed: Norm | None = None
+    factor: torch.Tensor | None = None
 
     def write(self) -> None:
-        if self.normed is None:
-            torch.add(self.first, self.second, out=self.out)
-        else:
+        if self.normed is not None:
             _launch(self, None)
+            return
+        torch.add(self.first, self.second, out=self.out)
+        if self.factor is not None:
+            self.out.mul_(self.factor)
+
+
+@dataclass(frozen=True, slots=True)
+class Activated:
+    """``activation(x)``, ``[rows, 1, N]``, that has still to be written to ``out``."""
+
+    x: torch.Tensor
+    activation: str
+    out: torch.Tensor
+
+    def write(self) -> None:
+        if self.activation == "silu":
+            torch.ops.aten.silu.out(self.x, out=self.out)
+        else:
+            by = "tanh" if self.activation == "gelu_tanh" else "none"
+            torch.ops.aten.gelu.out(self.x, approximate=by, out=self.out)
+
+    def times(self, up: torch.Tensor) -> torch.Tensor:
+        """Written, and multiplied by ``up`` as it was rounded."""
+        return _launch_gated(self.x, up, self.activation, kept=self.out)
 
 
 def make_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, more: float) -> Norm | None:
@@ -132,15 +156,17 @@ def _launch(added: Sum | None, last: Norm | None) -> None:
         x = x if added is None else added.second
     size = len(any_norm.weight)
     before, after = first or any_norm, last or any_norm
+    factor = None if added is None else added.factor
     overlap = can_overlap(x.device)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         rms_norm_kernel[(x.numel() // size,)](
             x, before.weight, before.out,
-            *((x, x) if added is None else (added.first, added.out)), after.weight, after.out,
+            x if added is None else added.first, x if factor is None else factor,
+            x if added is None else added.out, after.weight, after.out,
             layout.stride, layout.head_stride, before.eps, after.eps,
             SIZE=size, PADDED=1 << (size - 1).bit_length(), HEADS=layout.heads,
-            FIRST=first is not None, ADD=added is not None, LAST=last is not None,
-            FIRST_MORE=before.more, MORE=after.more, OVERLAP=overlap,
+            FIRST=first is not None, ADD=added is not None, SCALED=factor is not None,
+            LAST=last is not None, FIRST_MORE=before.more, MORE=after.more, OVERLAP=overlap,
             num_warps=8 if size > 1024 else 4 if size > 256 else 1, **launch_options(overlap),
         )  # fmt: skip
 
@@ -158,16 +184,29 @@ def gated_product(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu"
     Args:
         activation: one of :data:`.linear.ACTIVATIONS`.
     """
-    same = gate.shape == up.shape and gate.dtype == up.dtype and gate.ndim == 3
-    if not same or gate.shape[1] != 1 or not (serves(gate) and gate.stride(2) == up.stride(2) == 1):
+    if not can_multiply(gate, up):
         return activate(gate, activation) * up
+    return _launch_gated(gate, up, activation)
+
+
+def can_multiply(gate: torch.Tensor, up: torch.Tensor) -> bool:
+    """Whether one launch serves their gated product."""
+    same = gate.shape == up.shape and gate.dtype == up.dtype and gate.device == up.device
+    tokens = same and gate.ndim == 3 and gate.shape[1] == 1
+    return tokens and serves(gate) and gate.stride(2) == up.stride(2) == 1
+
+
+def _launch_gated(
+    gate: torch.Tensor, up: torch.Tensor, activation: str, *, kept: torch.Tensor | None = None
+) -> torch.Tensor:
     rows, _, size = gate.shape
     y = gate.new_empty(gate.shape)
     overlap = can_overlap(gate.device)
     with torch.cuda.device(gate.device) if gate.is_cuda else nullcontext():
         gated_product_kernel[(rows, -(-size // TILE))](
-            gate, up, y, gate.stride(0), up.stride(0), SIZE=size, TILE=TILE,
-            ACTIVATION=activation, OVERLAP=overlap, num_warps=4, **launch_options(overlap),
+            gate, up, y if kept is None else kept, y, gate.stride(0), up.stride(0),
+            SIZE=size, TILE=TILE, ACTIVATION=activation, KEPT=kept is not None, OVERLAP=overlap,
+            num_warps=4, **launch_options(overlap),
         )  # fmt: skip
     return y
 
