@@ -43,6 +43,7 @@ from hf_tree_cache import (
     enable_tree_attention,
     tree_generate,
 )
+from hf_tree_cache.naming import CACHE
 
 SHOTS = [
     ("What is 12 + 25?", "12 + 25 = 37. Answer: 37"),
@@ -163,7 +164,7 @@ def sample(model: Any, tokenizer: Any, inputs: Any, cache: Cache, **arguments: A
     with prompt_tokens_computed(model) as computed:
         sequences = model.generate(
             **inputs,
-            past_key_values=cache,
+            **{CACHE: cache},  # cache=..., past_key_values=... before transformers 5.24
             do_sample=True,
             temperature=0.7,
             pad_token_id=tokenizer.pad_token_id,
@@ -213,7 +214,6 @@ def branch(model: Any, tokenizer: Any, question: str, branches: int, new_tokens:
     with enable_tree_attention(model):
         return model.generate(
             **ask(tokenizer, question),
-            past_key_values=TreeCache(),
             custom_generate=tree_generate,
             branching=policy,
             max_branches=max(4, branches),

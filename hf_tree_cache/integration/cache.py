@@ -46,9 +46,10 @@ logger = logging.get_logger(__name__)
 class TreeCache(Cache):
     """A KV cache whose rows share their common past, block by block.
 
-    Pass it to ``model.generate(..., past_key_values=TreeCache())`` in any decoding mode. Rows that
-    descend from one prompt share its blocks; forking a row copies nothing, dropping one frees what
-    only it held. With :func:`enable_tree_attention` shared blocks are also computed and read once.
+    Pass it to ``model.generate(..., cache=TreeCache())``, or ``past_key_values=`` before
+    transformers 5.24, in any decoding mode. Rows that descend from one prompt share its blocks;
+    forking a row copies nothing, dropping one frees what only it held. With
+    :func:`enable_tree_attention` shared blocks are also computed and read once.
 
     Batch surgery is one primitive, :meth:`select`; branches can also be taken out of the batch and
     brought back with :meth:`fork` and :meth:`set_rows`.

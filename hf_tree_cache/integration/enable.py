@@ -307,7 +307,7 @@ class _Hooks:
             return (), kwargs
         if model.config.is_encoder_decoder:
             raise UnsupportedModel(
-                f"{type(model).__name__} is an encoder-decoder: pass past_key_values="
+                f"{type(model).__name__} is an encoder-decoder: pass {CACHE}="
                 "EncoderDecoderCache(TreeCache(), TreeCache()) instead of a bare TreeCache."
             )
         if model.config.model_type in CUTS_ITS_INPUT:
