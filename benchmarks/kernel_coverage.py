@@ -14,7 +14,6 @@ import argparse
 import inspect
 import json
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,56 +23,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import model_coverage as coverage
 import torch
 from interpreter import quicken
-from torch import nn
 from transformers import PreTrainedModel
 
 from hf_tree_cache import enable_tree_attention
 from hf_tree_cache.env import environment
 from hf_tree_cache.integration.attention import NAME
-from hf_tree_cache.integration.expert_units import ExpertUnits
-from hf_tree_cache.integration.gated import GatedUnits
-from hf_tree_cache.integration.linears import DecodeLinears
-from hf_tree_cache.integration.routers import Routers
-from hf_tree_cache.integration.small_steps import SmallSteps
+from hf_tree_cache.integration.substitutes import Substitutes
 
 TOKENS, POSITIONS = [7, 11, 23], [5, 9, 2]
 FURTHER = 1.3
 """What our error may be of the model's own: both are mostly the rounding of float16."""
 
 LEAST_ERROR = 2e-3
-
-
-class Kernels:
-    """All ways of ours around attention that ``model`` has."""
-
-    def __init__(self, model: nn.Module) -> None:
-        parts = list(model.modules())
-        self.linears = DecodeLinears(parts, join=False)
-        self.units = {
-            "gated units": GatedUnits(parts),
-            "experts": ExpertUnits(parts),
-            "routers": Routers(parts),
-        }
-        self.steps = SmallSteps(parts)
-
-    @property
-    def names(self) -> list[str]:
-        """Kinds of which there are any."""
-        found = {
-            "linears": self.linears.layers,
-            "norms": self.steps.norms,
-            "rotary": self.steps.rotaries,
-            **{name: units.units for name, units in self.units.items()},
-        }
-        return [name for name, parts in found.items() if parts]
-
-    def switched(self) -> ExitStack:
-        stack = ExitStack()
-        stack.enter_context(self.linears.switched())
-        for units in self.units.values():
-            stack.enter_context(units.switched())
-        stack.enter_context(self.steps.switched())
-        return stack
 
 
 @torch.no_grad()
@@ -97,11 +58,18 @@ def evaluate(name: str, verdict: str, mechanism: list[str]) -> dict[str, Any] | 
     with enable_tree_attention(wide, cuda_graphs=False):
         if wide.config.get_text_config(decoder=True)._attn_implementation != NAME:
             return None  # it has an attention of its own
-    kernels = Kernels(model)
-    with kernels.switched():
+    substitutes = Substitutes(model)
+    substitutes.find()
+    with substitutes.switched():
         ours = _error(_logits(model), exact)
     right = ours < FURTHER * theirs + LEAST_ERROR
-    return {"name": name, "kernels": kernels.names, "theirs": theirs, "ours": ours, "right": right}
+    return {
+        "name": name,
+        "kernels": substitutes.names,
+        "theirs": theirs,
+        "ours": ours,
+        "right": right,
+    }
 
 
 def _logits(model: PreTrainedModel) -> torch.Tensor:

@@ -81,7 +81,7 @@ FLOORS = {
     "integration.pending": 7,
     "integration.units": 6,
     "integration.small_steps": 8,
-    "integration.served": 9,
+    "integration.substitutes": 9,
     "integration.gated": 7,
     "forward.experts": 6,
     "integration.expert_units": 7,

@@ -46,8 +46,8 @@ from hf_tree_cache.integration import linears as linears_module
 from hf_tree_cache.integration.gated import GatedUnits, find_style
 from hf_tree_cache.integration.linears import DecodeLinears
 from hf_tree_cache.integration.pending import Pending
-from hf_tree_cache.integration.served import are_served
 from hf_tree_cache.integration.small_steps import SmallSteps
+from hf_tree_cache.integration.substitutes import Substitutes
 from hf_tree_cache.memory.scatter import Slots
 
 TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 5e-4}
@@ -653,15 +653,18 @@ def test_whether_anything_is_left_to_compile(name, served, monkeypatch):
         monkeypatch.setattr(module, "find_obstacle", lambda layer: None)
     model = build(name)
     layers = list(model.model.layers)
-    parts = [part for layer in layers for part in layer.modules()]
-    linears, steps = DecodeLinears(parts, join=False), SmallSteps(parts)
-    units = [GatedUnits(parts)]
+    ours = Substitutes(model)
+    assert not ours.names and not ours.serve(layers)
+    ours.find()
     # Cohere's norms are layer norms.
-    assert {are_served([layer], linears, steps, units) for layer in layers} == {served}
-    assert are_served(layers, linears, steps, units) == served
-    assert not are_served(layers, linears, steps, [])
+    assert ours.names == ["linears", *["norms"] * served, "rotary", "gated units"]
+    assert {ours.serve([layer]) for layer in layers} == {served}
+    assert ours.serve(layers) == served
+    units = ours.units.pop("gated units")
+    assert not ours.serve(layers)
+    ours.units["gated units"] = units
     layers[0].more = nn.Conv1d(1, 1, 1)
-    assert not are_served(layers, linears, steps, units)
+    assert not ours.serve(layers)
 
 
 def halves(q, k, cos, sin, unsqueeze_dim=1):

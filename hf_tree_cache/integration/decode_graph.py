@@ -22,18 +22,12 @@ from ..naming import cache_name
 from .cache import TreeCache
 from .compiled import CompiledLayers
 from .decode_call import Call, outward, read_call, without_cache
-from .expert_units import ExpertUnits
 from .fingerprint import find_hook, fingerprint
-from .gated import GatedUnits
 from .layers import PagedLayer
-from .linears import DecodeLinears
 from .op_record import OpRecord, first_difference
-from .routers import Routers
-from .served import are_served
-from .small_steps import SmallSteps
 from .static import StaticDecode, layouts
 from .step import NotCapturable, Step
-from .units import Units
+from .substitutes import Substitutes
 
 logger = logging.get_logger(__name__)
 
@@ -181,9 +175,8 @@ class DecodeGraphs:
         self.stats = GraphStats()
         self._compiled = _compiled_layers(model) if compile else None
         self._model = model
-        self._linears = DecodeLinears((), join=False)
-        self._units: list[Units] = []
-        self._small_steps = SmallSteps(())
+        layers = self._compiled.layers if self._compiled is not None else ()
+        self._substitutes = Substitutes(model, compiled=layers)
         self._kinds: dict[Hashable, _Kind] = {}
         self._programs: dict[Call, _Program] = {}
         self._fingerprint: Hashable = None
@@ -195,7 +188,7 @@ class DecodeGraphs:
         """Drop all graphs, and leave the model as it was found."""
         self._kinds.clear()
         self._programs.clear()
-        self._linears.release()
+        self._substitutes.release()
         self._compiled = None
 
     def run(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
@@ -224,8 +217,9 @@ class DecodeGraphs:
         rows = len(step.counts)
         bucket = bucket_of(rows)
         place = self._look_at(cache)
-        if bucket > MOST_ROWS and self._linears.gain_if_joined:
-            self._linears.join()
+        linears = self._substitutes.linears
+        if bucket > MOST_ROWS and linears.gain_if_joined:
+            linears.join()
             self._place = None
             place = self._look_at(cache)
         kind, static = place.kind, place.kind.static
@@ -244,10 +238,7 @@ class DecodeGraphs:
             with ExitStack() as stack:
                 stack.enter_context(cache.decode_through(static))
                 stack.enter_context(_without_padding_check(self._model))
-                stack.enter_context(self._linears.switched())
-                for units in self._units:
-                    stack.enter_context(units.switched())
-                static.pending = stack.enter_context(self._small_steps.switched())
+                static.pending = stack.enter_context(self._substitutes.switched())
                 if compiled is not None:
                     stack.enter_context(compiled.swapped(static, cache.layers))
                 static.reset()
@@ -365,7 +356,7 @@ class DecodeGraphs:
         if now != self._fingerprint:
             self._kinds.clear()
             self._programs.clear()
-            self._look_at_parts()
+            self._find_substitutes()
             self._fingerprint = fingerprint(self._model)
         obstacle = _find_model_obstacle(self._model) or _find_obstacle(cache)
         if obstacle is not None:
@@ -375,25 +366,14 @@ class DecodeGraphs:
         self._place = _Place(weakref.ref(cache), kind, addresses, cache.storages[0].spec.device)
         return self._look_at(cache)
 
-    def _look_at_parts(self) -> None:
-        """Find what has ways of ours anew, and join all neighbours if layers are compiled."""
-        compiled = self._compiled
-        if not (self._linears and self._linears.intact):
-            self._linears = DecodeLinears(self._model.modules(), join=compiled is not None)
-        kinds = (GatedUnits, ExpertUnits, Routers)
-        self._units = [kind(self._model.modules()) for kind in kinds]
-        # Within compiled layers they are the compiler's.
-        layers = [] if compiled is None else compiled.layers
-        inside = [part for layer in layers for part in layer.modules()]
-        self._small_steps = SmallSteps(self._model.modules(), besides=inside)
-        if layers:
-            steps = SmallSteps(inside)
-            if are_served(layers, self._linears, steps, self._units):
-                logger.warning_once(
-                    f"enable_tree_attention(compile=True): kernels serve all that the layers of "
-                    f"{type(self._model).__name__} hold; compiled ones were slower wherever both "
-                    "were measured. Leave compile out."
-                )
+    def _find_substitutes(self) -> None:
+        self._substitutes.find()
+        if self._compiled is not None and self._substitutes.serve(self._compiled.layers):
+            logger.warning_once(
+                f"enable_tree_attention(compile=True): kernels serve all that the layers of "
+                f"{type(self._model).__name__} hold; compiled ones were slower wherever both "
+                "were measured. Leave compile out."
+            )
 
 
 def _compiled_layers(model: nn.Module) -> CompiledLayers:
