@@ -562,8 +562,16 @@ WRONG_CALLS: dict[str, tuple[Any, str]] = {
         "a function of a Candidate",
     ),
     "unknown option": (
-        lambda m: best_of_n(m, TOKENIZER, QUESTION, temperature=3),
-        "Unknown option temperature",
+        lambda m: best_of_n(m, TOKENIZER, QUESTION, samples=3),
+        "best_of_n: unknown option samples; known are .*num_branches, .*max_new_tokens",
+    ),
+    "an option of Sampling": (
+        lambda m: entropy_branching(m, TOKENIZER, QUESTION, temperature=3),
+        r"known are threshold, .*Sampling takes temperature: sampling=Sampling\(\.\.\.\)",
+    ),
+    "unknown option of any policy": (
+        lambda m: run_search(m, TOKENIZER, [QUESTION], BestOfN(), samples=3),
+        "run_search: unknown option samples; known are score, seed",
     ),
     "weight without a scorer": (
         lambda m: self_consistency(m, TOKENIZER, QUESTION, weight="score"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, Concatenate, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, overload
 
 from ..errors import InvalidArgument
@@ -84,12 +86,7 @@ def run_search(
         InvalidArgument: no questions, no tokenizer, an unknown scorer or option.
         OutOfBlocks: ``budget.blocks`` has no room for the prompts.
     """
-    unknown = sorted(options.keys() - SearchOptions.__annotations__.keys())
-    if unknown:
-        raise InvalidArgument(
-            f"Unknown option {', '.join(unknown)}: known are "
-            f"{', '.join(SearchOptions.__annotations__)}."
-        )
+    _refuse_unknown("run_search", options, ["score", *SearchOptions.__annotations__])
     scorer = make_scorer(score)
     budget = options.get("budget") or Budget()
     limits = Limits(
@@ -151,16 +148,32 @@ def one_or_many(
     function: Callable[Concatenate[Any, Any, Sequence[Question], P], list[SearchResult]],
 ) -> Strategy[P]:
     """Let a function of many questions take a single one too, and then return its one result."""
+    parameters = inspect.signature(function).parameters.values()
+    known = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
+    if any(each.kind is each.VAR_KEYWORD for each in parameters):
+        known += SearchOptions.__annotations__
 
     @functools.wraps(function)
     def strategy(
         model: Any, tokenizer: Any, question: Any, *args: P.args, **kwargs: P.kwargs
     ) -> Any:
+        _refuse_unknown(function.__name__, kwargs, known)
         single = is_one_question(question)
         results = function(model, tokenizer, [question] if single else question, *args, **kwargs)
         return results[0] if single else results
 
     return strategy
+
+
+def _refuse_unknown(name: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
+    unknown = [option for option in options if option not in known]
+    if not unknown:
+        return
+    drawn = [field.name for field in fields(Sampling) if field.name in unknown]
+    hint = f" Sampling takes {', '.join(drawn)}: sampling=Sampling(...)." if drawn else ""
+    raise InvalidArgument(
+        f"{name}: unknown option {', '.join(unknown)}; known are {', '.join(known)}.{hint}"
+    )
 
 
 def is_one_question(question: Any) -> bool:
