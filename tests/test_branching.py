@@ -490,6 +490,14 @@ def test_scores_that_allow_no_token_are_named(llama, value):
             generate(llama, do_sample=do_sample, logits_processor=LogitsProcessorList([Spoil()]))
 
 
+def test_one_processor_may_come_without_a_list(llama):
+    one, listed = (
+        generate(llama, branching=branching, max_branches=4, do_sample=True)
+        for branching in (ForkOnEntropy(0.0), [ForkOnEntropy(0.0)])
+    )
+    assert len(one) == 4 and one.sequences.tolist() == listed.sequences.tolist()
+
+
 def test_senseless_calls_are_refused(llama):
     with pytest.raises(InvalidArgument, match="max_branches=0"):
         generate(llama, max_branches=0)
@@ -499,6 +507,9 @@ def test_senseless_calls_are_refused(llama):
         generate(llama, num_beams=2)
     with pytest.raises(InvalidArgument, match="use_cache"):
         generate(llama, use_cache=False)
+    for branching in ("entropy", [ForkOnEntropy], [ForkOnEntropy(1.0), None]):
+        with pytest.raises(InvalidArgument, match=r"branching=.* is no processor"):
+            generate(llama, branching=branching)
     full = DynamicCache()
     llama(PROMPTS[1:, :4], past_key_values=full)
     with pytest.raises(InvalidArgument, match="DynamicCache"):

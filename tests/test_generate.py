@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from models import COLUMNS, PAD, assert_same, build, generate, model, one_thread, prompts
+from search_fakes import letters
 from transformers import (
     DynamicCache,
     EncoderDecoderCache,
@@ -38,6 +39,7 @@ from hf_tree_cache import (
     enable_tree_attention,
 )
 from hf_tree_cache.integration.attention import tree_attention_forward
+from hf_tree_cache.naming import CACHE
 
 __all__ = ["one_thread"]  # a fixture for all of this file
 pytestmark = pytest.mark.core
@@ -1266,6 +1268,25 @@ def test_a_keyword_that_nobody_heeds_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match=r"'indices'.*disable\(\)"):
         tree_attention_forward(Layer(), query, keys, values, None, indices=torch.zeros(1))
     tree_attention_forward(Layer(), query, keys, values, None, indices=None)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("num_beams", [1, 2])
+@pytest.mark.parametrize("cached", [True, False], ids=["TreeCache", "DynamicCache"])
+def test_stop_strings_end_rows(cached: bool, num_beams: int) -> None:
+    """``generate`` hands their tokenizer on to every forward."""
+    llama, tokenizer = model("llama"), letters()
+    options = {"max_new_tokens": 12, "pad_token_id": 0, "num_beams": num_beams}
+    options["num_return_sequences"] = num_beams
+    ids = torch.arange(5, 12)[None]
+    free = llama.generate(ids, **options)
+    stop = {"stop_strings": [tokenizer.decode(free[0, 10])], "tokenizer": tokenizer}
+    want = llama.generate(ids, **options, **stop)
+    assert not torch.equal(want, free)
+    with enabled(llama):
+        cache = {CACHE: TreeCache()} if cached else {}
+        got = llama.generate(ids, **options, **stop, **cache)
+    assert got.tolist() == want.tolist()
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0], ids=["sdpa", "softcap"])

@@ -40,7 +40,7 @@ def tree_generate(
     logits_processor: LogitsProcessorList | None = None,
     stopping_criteria: StoppingCriteriaList | None = None,
     generation_config: GenerationConfig | None = None,
-    branching: Sequence[BranchingProcessor] = (),
+    branching: Sequence[BranchingProcessor] | BranchingProcessor = (),
     max_branches: int = 64,
     keep_branches: bool = False,
     tree_streamer: Callable[[BranchEvent], None] | None = None,
@@ -61,7 +61,7 @@ def tree_generate(
     run and returns what there is; any other exception leaves the cache usable.
 
     Args:
-        branching: processors that fork and prune.
+        branching: processors that fork and prune, or one.
         max_branches: most branches alive or finished at a time; forks beyond it are refused, those
             of least priority first. At least the number of rows to start with.
         keep_branches: hold finished branches in the cache instead of freeing them.
@@ -71,7 +71,7 @@ def tree_generate(
 
     Raises:
         InvalidArgument: ``max_branches`` below the rows to start with, a cache that is not a
-            TreeCache, ``use_cache=False``, beams.
+            TreeCache, ``use_cache=False``, beams, something else for a processor.
         UnsupportedModel: a model that keeps its past elsewhere than in the cache.
         NonFiniteScores: NaN, +inf or nothing but -inf among the scores of a row.
         OutOfBlocks: no room for the next token of every branch.
@@ -95,7 +95,7 @@ def tree_generate(
         cache=cache,
         logits_processor=logits_processor or LogitsProcessorList(),
         stopping=Stopping(stopping_criteria or ()),
-        branching=list(branching),
+        branching=_processors(branching),
         max_branches=max_branches,
         keep_branches=keep_branches,
         tree=GenerationTree(tree_tokenizer),
@@ -103,6 +103,19 @@ def tree_generate(
     )
     with torch.no_grad():
         return run.drive(input_ids, model_kwargs, progress)
+
+
+def _processors(
+    branching: Sequence[BranchingProcessor] | BranchingProcessor,
+) -> list[BranchingProcessor]:
+    given = [branching] if callable(branching) or isinstance(branching, str) else list(branching)
+    wrong = [each for each in given if isinstance(each, type) or not callable(each)]
+    if wrong:
+        raise InvalidArgument(
+            f"tree_generate(branching={branching!r}): {wrong[0]!r} is no processor; pass objects, "
+            "such as ForkOnEntropy(threshold=2.0)."
+        )
+    return given
 
 
 def _tree_cache(model: PreTrainedModel, model_kwargs: dict[str, Any]) -> TreeCache:

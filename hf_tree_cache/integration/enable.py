@@ -40,6 +40,9 @@ attention does: additive masks, keys longer than the mask, sinks for each query.
 CUTS_ITS_INPUT = frozenset({"cpmant"})
 """Models that are given all tokens at every forward, and leave out what is cached by themselves."""
 
+FOR_STOPS = "tokenizer"
+"""Given to ``generate`` for its stop strings, which hands it on to every forward."""
+
 
 def enable_tree_attention(
     model: nn.Module,
@@ -292,9 +295,11 @@ class _Hooks:
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self._open.append((None, None))
+        names = inspect.signature(model.forward).parameters if args or FOR_STOPS in kwargs else {}
         if args:
-            names = inspect.signature(model.forward).parameters
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        if FOR_STOPS in kwargs and FOR_STOPS not in names:
+            kwargs = {name: value for name, value in kwargs.items() if name != FOR_STOPS}
         cache: Any = kwargs.get(cache_name(kwargs))
         if isinstance(cache, EncoderDecoderCache):
             inner = cache.self_attention_cache
