@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from models import TINY, build
+from search_fakes import letters
 from transformers import (
     DynamicCache,
     EosTokenCriteria,
@@ -496,6 +497,22 @@ def test_one_processor_may_come_without_a_list(llama):
         for branching in (ForkOnEntropy(0.0), [ForkOnEntropy(0.0)])
     )
     assert len(one) == 4 and one.sequences.tolist() == listed.sequences.tolist()
+
+
+def test_stop_strings_end_branches():
+    llama, tokenizer = build("llama").eval(), letters()
+    before = set(vars(llama))
+    options = {"do_sample": True, "num_return_sequences": 4, "eos_token_id": None}
+    with enable_tree_attention(llama):
+        free = generate(llama, **options)
+        stop = tokenizer.decode(free.sequences[0, -6])
+        out = generate(llama, **options, stop_strings=[stop], tokenizer=tokenizer)
+    texts = tokenizer.batch_decode(out.sequences[:, PROMPTS.shape[1] :])
+    assert {"stop", "length"} >= set(out.finish_reasons) and "stop" in out.finish_reasons
+    for reason, text in zip(out.finish_reasons, texts, strict=True):
+        assert (reason == "length") == (stop not in text)
+    assert f"{stop} " in out.tree.to_text()  # by the tokenizer
+    assert set(vars(llama)) == before
 
 
 def test_senseless_calls_are_refused(llama):

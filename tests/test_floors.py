@@ -97,6 +97,7 @@ FLOORS = {
     "integration.attention": 10,
     "integration.disk": 10,
     "integration.late_ends": 10,
+    "integration.stop_strings": 0,
     "integration.prepare": 10,
     "integration.decode_call": 10,
     "integration.compiled": 10,

@@ -46,15 +46,16 @@ def tree_generate(
     tree_streamer: Callable[[BranchEvent], None] | None = None,
     tree_tokenizer: Any = None,
     progress: bool | None = None,
+    tokenizer: Any = None,
     **model_kwargs: Any,
 ) -> TreeGenerateOutput:
     """Generate a tree: pass it as ``model.generate(..., custom_generate=tree_generate)``.
 
     Each step runs the model on one token of every live branch, lets the processors fork and prune,
     draws the next tokens, and takes finished branches out of the batch. Without forks and prunes
-    the tokens are those of ``generate`` under the same seed, as long as no branch ends early. For
-    stop strings pass transformers' ``StopStringCriteria`` among ``stopping_criteria``: the option
-    ``stop_strings`` needs a tokenizer, which ``generate`` does not hand on to other loops.
+    the tokens are those of ``generate`` under the same seed, as long as no branch ends early.
+    ``stop_strings`` with ``tokenizer`` need an enabled model: ``generate`` by itself keeps the
+    tokenizer from other loops.
 
     ``branching`` processors see the model's logits before ``logits_processor`` (temperature, top-p)
     changes them; a BranchingProcessor may also stand among the logits processors. Ctrl-C ends the
@@ -66,7 +67,7 @@ def tree_generate(
             of least priority first. At least the number of rows to start with.
         keep_branches: hold finished branches in the cache instead of freeing them.
         tree_streamer: told of every event as it happens (``streamer`` cannot reach this loop).
-        tree_tokenizer: decodes tokens in the views of the tree.
+        tree_tokenizer: decodes tokens in the views of the tree; default ``tokenizer``.
         progress: show a bar; default only on a terminal or in a notebook.
 
     Raises:
@@ -98,7 +99,7 @@ def tree_generate(
         branching=_processors(branching),
         max_branches=max_branches,
         keep_branches=keep_branches,
-        tree=GenerationTree(tree_tokenizer),
+        tree=GenerationTree(tokenizer if tree_tokenizer is None else tree_tokenizer),
         tell=tree_streamer,
     )
     with torch.no_grad():

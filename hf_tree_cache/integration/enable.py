@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ..errors import InvalidArgument, UnsupportedModel
 from ..naming import CACHE, cache_name
-from . import latent
+from . import latent, stop_strings
 from .adapters import active_adapters
 from .attention import NAME
 from .cache import TreeCache
@@ -39,9 +39,6 @@ attention does: additive masks, keys longer than the mask, sinks for each query.
 
 CUTS_ITS_INPUT = frozenset({"cpmant"})
 """Models that are given all tokens at every forward, and leave out what is cached by themselves."""
-
-FOR_STOPS = "tokenizer"
-"""Given to ``generate`` for its stop strings, which hands it on to every forward."""
 
 
 def enable_tree_attention(
@@ -135,6 +132,7 @@ class EnabledTreeAttention:
         if hasattr(model, "_optimize_model_for_decode"):
             model._optimize_model_for_decode = with_grouped_experts(model, hooks.num_rows)
         self._late_ends = LateEnds(model, hooks.last_cache)
+        stop_strings.hand_tokenizer_on(model)
         self._handles = [
             model.register_forward_pre_hook(hooks, with_kwargs=True),
             model.register_forward_hook(hooks.after, with_kwargs=True, always_call=True),
@@ -155,6 +153,7 @@ class EnabledTreeAttention:
             if self._graphs is not None:
                 self._graphs.close()
             self._late_ends.undo()
+            stop_strings.undo(self._model)
         latent.undo(self._deferred)
         self._handles, self._previous, self._deferred = [], [], []
 
@@ -295,11 +294,10 @@ class _Hooks:
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self._open.append((None, None))
-        names = inspect.signature(model.forward).parameters if args or FOR_STOPS in kwargs else {}
         if args:
+            names = inspect.signature(model.forward).parameters
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        if FOR_STOPS in kwargs and FOR_STOPS not in names:
-            kwargs = {name: value for name, value in kwargs.items() if name != FOR_STOPS}
+        kwargs = stop_strings.drop_tokenizer(model, kwargs)
         cache: Any = kwargs.get(cache_name(kwargs))
         if isinstance(cache, EncoderDecoderCache):
             inner = cache.self_attention_cache
