@@ -31,6 +31,7 @@ from models import (
 from transformers import DynamicCache, EncoderDecoderCache
 
 from hf_tree_cache import TreeCache, UnsupportedModel, enable_tree_attention
+from hf_tree_cache.integration import enable
 
 __all__ = ["one_thread"]  # a fixture for all of this file
 
@@ -343,3 +344,54 @@ def test_checkpointed_training_is_untouched(name: str, reentrant: bool) -> None:
         if want is not None:
             scale = float(want.abs().max())
             torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * scale + 1e-7)
+
+
+# Copies
+
+
+class Eager:
+    """In the place of CUDA graphs: takes the place of the model's forward, and captures nothing."""
+
+    stats = None
+
+    def run(self, forward: Any, kwargs: dict[str, Any]) -> None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("around", ["the model", "a module", "a PEFT model"])
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+def test_a_deep_copy_runs_by_itself(
+    name: str, around: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As reference models of training and moving averages of weights are made."""
+    monkeypatch.setattr(enable, "_make_graphs", lambda *arguments: Eager())
+    if around == "a PEFT model":
+        whole = adapted(name, ["o_proj"])
+        first = enable.base_of(whole)
+    else:
+        first = build(name).eval()
+        whole = first if around == "the model" else torch.nn.ModuleList([first])
+    before = dict(vars(first))
+    handle = enable_tree_attention(first)
+    attached = set(vars(first))
+    second = copy.deepcopy(whole)
+    second = second[0] if around == "a module" else enable.base_of(second)
+    assert set(vars(first)) == attached and set(vars(second)) == set(before)
+    assert enable.is_enabled(first) and not enable.is_enabled(second)
+    second.lm_head.weight.data.mul_(3)
+    inputs = prompts(name)
+    want = generate(second, inputs)
+    with torch.no_grad():
+        assert not torch.equal(first(**inputs).logits, second(**inputs).logits)
+    with enable_tree_attention(second):
+        assert_same(generate(second, inputs, past_key_values=TreeCache()), want)
+    cache = TreeCache(poison=True)
+    ours = generate(first, inputs, past_key_values=cache)
+    assert not cache.dense_reads
+    handle.disable()
+    assert set(vars(first)) == set(before)
+    assert_same(ours, generate(first, inputs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import os
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.utils import logging
 
@@ -59,6 +61,7 @@ def enable_tree_attention(
     - On a CUDA GPU, decode steps are replayed from CUDA graphs where the model allows it.
     - While it decodes there, sparse experts in bfloat16 keep their grouped products.
     - A cache that was filled under other PEFT adapters is refused.
+    - A deep copy of it is a model by itself, which is not enabled.
 
     Models that do not use transformers' attention interface (bloom, falcon, gptj, ...) keep their
     own attention, whose products read the blocks in place; the rest of the above holds for them
@@ -116,46 +119,63 @@ class EnabledTreeAttention:
         self, model: PreTrainedModel, replace_default_cache: bool, graphs: DecodeGraphs | None
     ) -> None:
         self._model = model
-        self.graphs: GraphStats | None = None
-        self._forward = model.__dict__.get("forward")
+        self._replaces_cache = replace_default_cache
+        self._graphs = graphs
+        self.graphs: GraphStats | None = None if graphs is None else graphs.stats
+        self._hooks = _Hooks()
+        self._handles: list[RemovableHandle] = []
+        self._attach()
+
+    def disable(self) -> None:
+        """Give the model back as it was; caches stay usable, read densely. Harmless twice."""
+        if self._handles:
+            self._detach()
+            if self._graphs is not None:
+                self._graphs.close()
+
+    def _attach(self) -> None:
+        model, hooks = self._model, self._hooks
+        self._forward = vars(model).get("forward")
         self._previous = [(c, c._attn_implementation_internal) for c in _configs(model)]
         _set_implementation(model)
         self._deferred = latent.defer_expansions(model)
-        if replace_default_cache:
+        if self._replaces_cache:
             model._prepare_cache_for_generation = _with_tree_cache(model)
-        self._graphs = graphs
-        if graphs is not None:
-            self.graphs = graphs.stats
-            model.forward = _with_graphs(model.forward, graphs)
-        hooks = _Hooks()
+        if self._graphs is not None:
+            model.forward = _with_graphs(model.forward, self._graphs)
         # Transformers' own helper, which may go.
         if hasattr(model, "_optimize_model_for_decode"):
             model._optimize_model_for_decode = with_grouped_experts(model, hooks.num_rows)
         self._late_ends = LateEnds(model, hooks.last_cache)
         stop_strings.hand_tokenizer_on(model)
+        vars(model)["__deepcopy__"] = self._copy
         self._handles = [
             model.register_forward_pre_hook(hooks, with_kwargs=True),
             model.register_forward_hook(hooks.after, with_kwargs=True, always_call=True),
         ]
 
-    def disable(self) -> None:
-        """Give the model back as it was; caches stay usable, read densely. Harmless twice."""
+    def _detach(self) -> None:
         for handle in self._handles:
             handle.remove()
+        self._handles = []
+        own = ("_prepare_cache_for_generation", "_optimize_model_for_decode", "__deepcopy__")
+        for name in (*own, "forward"):
+            vars(self._model).pop(name, None)
+        if self._forward is not None:
+            self._model.forward = self._forward
+        self._late_ends.undo()
+        stop_strings.undo(self._model)
+        latent.undo(self._deferred)
         for config, implementation in self._previous:
             config._attn_implementation_internal = implementation
-        if self._handles:
-            self._model.__dict__.pop("_prepare_cache_for_generation", None)
-            self._model.__dict__.pop("_optimize_model_for_decode", None)
-            self._model.__dict__.pop("forward", None)
-            if self._forward is not None:
-                self._model.forward = self._forward
-            if self._graphs is not None:
-                self._graphs.close()
-            self._late_ends.undo()
-            stop_strings.undo(self._model)
-        latent.undo(self._deferred)
-        self._handles, self._previous, self._deferred = [], [], []
+
+    def _copy(self, memo: dict[int, Any]) -> PreTrainedModel:
+        """The model's deep copy is not enabled: what is attached here would run this model."""
+        self._detach()
+        try:
+            return copy.deepcopy(self._model, memo)
+        finally:
+            self._attach()
 
     def __enter__(self) -> EnabledTreeAttention:
         return self
