@@ -1253,6 +1253,19 @@ class Walk:
         assert self.cache.tree.row_lengths() == [len(row) for row in self.rows]
 
 
+@pytest.mark.parametrize(
+    ("size", "held"), [("1MB", 10**6), ("2MiB", 2 << 20), ("0.5 GB", 5 * 10**8), (12345, 12345)]
+)
+def test_memory_is_bounded_by_a_number_or_a_text(size: int | str, held: int) -> None:
+    assert TreeCache(max_memory=size)._memory.pool.max_memory == held
+
+
+@pytest.mark.parametrize("size", ["much", "1XB", "", "-1GB", 0])
+def test_senseless_bounds_of_memory_are_refused(size: int | str) -> None:
+    with pytest.raises(InvalidArgument, match=r"max_memory=.*give bytes"):
+        TreeCache(max_memory=size)
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", ["llama", "mistral", "deepseek_v3"])
 def test_random_walk(name: str, seed: int) -> None:

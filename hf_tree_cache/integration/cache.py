@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from transformers import PretrainedConfig
 from transformers.cache_utils import (
     Cache,
@@ -60,7 +61,8 @@ class TreeCache(Cache):
             model.
         block_size: token slots of a block.
         max_blocks: most blocks in use at a time, whether or not all layers keep them.
-        max_memory: most bytes of K/V in use at a time, over all layers; needs a known config.
+        max_memory: most bytes of K/V in use at a time, over all layers, as a number or a text such
+            as "8GB" or "8GiB"; needs a known config.
         backtrack: tokens that every branch can be taken back by at any time, with ``fork(at=)`` or
             :meth:`crop`, beyond those of the last forward. Layers with a sliding or chunked window
             let go what lies further back than that from the window of every branch; None keeps
@@ -87,7 +89,7 @@ class TreeCache(Cache):
         *,
         block_size: int = 16,
         max_blocks: int | None = None,
-        max_memory: int | None = None,
+        max_memory: int | str | None = None,
         backtrack: int | None = 256,
         backend: str | None = None,
         deterministic: bool = False,
@@ -103,8 +105,13 @@ class TreeCache(Cache):
         self.deterministic = deterministic
         self.dense_reads: Counter[str] = Counter()
         self.advise = True
-        bounds = {"max_blocks": max_blocks, "max_memory": max_memory, "backtrack": backtrack}
-        self._memory = TreeMemory(block_size, **bounds, poison=poison)
+        self._memory = TreeMemory(
+            block_size,
+            max_blocks=max_blocks,
+            max_memory=_as_bytes(max_memory) if isinstance(max_memory, str) else max_memory,
+            backtrack=backtrack,
+            poison=poison,
+        )
         self._configured = False
         self._columns = 0
         self._step: Step | None = None
@@ -804,6 +811,15 @@ class TreeCache(Cache):
 
 def _adapters(names: tuple[str, ...]) -> str:
     return f"adapter {', '.join(names)}" if names else "no adapter"
+
+
+def _as_bytes(size: str) -> int:
+    try:
+        return int(convert_file_size_to_int(size))
+    except ValueError as error:
+        raise InvalidArgument(
+            f"TreeCache(max_memory={size!r}): give bytes, or a text such as '8GB' or '8GiB'."
+        ) from error
 
 
 def _block_tables(tree: BranchTree) -> list[list[int]]:
