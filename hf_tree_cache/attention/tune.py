@@ -256,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not (1 <= options.group <= 16 and 1 <= head_dim <= longest):
         parser.error(
             f"in {options.dtype} the kernel serves head dims up to {longest}, and up to 16 query "
-            f"heads a K/V head"
+            "heads a K/V head"
         )
     if not torch.cuda.is_available():
         sys.exit(
