@@ -1283,7 +1283,6 @@ def test_a_keyword_that_nobody_heeds_is_refused() -> None:
     tree_attention_forward(Layer(), query, keys, values, None, indices=None)
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("num_beams", [1, 2])
 @pytest.mark.parametrize("cached", [True, False], ids=["TreeCache", "DynamicCache"])
 def test_stop_strings_end_rows(cached: bool, num_beams: int) -> None:

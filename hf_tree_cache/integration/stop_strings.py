@@ -46,6 +46,7 @@ def hand_tokenizer_on(model: PreTrainedModel) -> None:
 
 
 def undo(model: PreTrainedModel) -> None:
+    """Give the model its own method back."""
     vars(model).pop(METHOD, None)
 
 
