@@ -375,6 +375,25 @@ def test_a_prompt_of_36_tokens_and_three_branches() -> None:
     ]
 
 
+@pytest.mark.parametrize("past", [0, 1_000])
+def test_new_tokens_are_read_as_far_as_the_last_query_of_an_item_sees(past: int) -> None:
+    shadow = ShadowTree(16)
+    shadow.add_rows(2)
+    shadow.append([past, past])
+    shadow.append([640, 100])
+    plan = build_plan(shadow.tree, [640, 100], 640)
+    work = schedule(plan, Tiles(), group_size=4, num_kv_heads=2, num_sms=2)
+    read = 0
+    for item in read_items(work, 16):
+        if item.kind != MERGE and item.tokens:
+            position = max(query % 640 for query in item.queries)
+            length = past + (640 if item.queries[0] < 640 else 100)
+            assert item.start + item.tokens <= length - (639 - position)
+            read += item.tokens
+    tiles = [past + end for tokens in (640, 100) for end in [*range(16, tokens, 16), tokens]]
+    assert read == sum(tiles)
+
+
 def branch_out(
     prompt: int, private: list[int], block_size: int = 16
 ) -> tuple[ShadowTree, TreeAttentionPlan]:

@@ -73,6 +73,13 @@ def run_tree_attention(
     return run(q, storage, layer, plan, scale=scale, window=window, softcap=softcap, sinks=sinks)
 
 
+def takes_kernel(backend: str, q: torch.Tensor, storage: KVStorage, scale: float) -> bool:
+    """Whether :func:`run_tree_attention` would take the fused kernel for such a call."""
+    if backend == "auto" and not q.is_cuda:
+        return False
+    return backend in ("auto", "triton") and _find_kernel_obstacle(q, storage, scale) is None
+
+
 def _find_backend(
     name: str, q: torch.Tensor, storage: KVStorage, plan: TreeAttentionPlan, scale: float
 ) -> Backend:
@@ -81,19 +88,14 @@ def _find_backend(
     wanted = name == "triton" or plan.deterministic
     if not wanted and (name == "torch" or not q.is_cuda):
         return tree_attention_torch
-    obstacle: str | None = None
     if name == "torch":
-        obstacle = "backend 'torch' was chosen"
+        obstacle: str | None = "backend 'torch' was chosen"
     else:
-        try:
-            # Triton is optional, and slow to import.
-            from .launch import find_obstacle, tree_attention_triton
-        except ImportError as error:
-            obstacle = f"Triton is missing ({error})"
-        else:
-            obstacle = find_obstacle(q, storage, scale)
-            if obstacle is None:
-                return tree_attention_triton
+        obstacle = _find_kernel_obstacle(q, storage, scale)
+    if obstacle is None:
+        from .launch import tree_attention_triton
+
+        return tree_attention_triton
     if wanted:
         asker = "deterministic=True" if plan.deterministic else f"backend {name!r}"
         raise InvalidArgument(
@@ -101,3 +103,13 @@ def _find_backend(
             "Without it, backend 'auto' falls back to torch."
         )
     return tree_attention_torch
+
+
+def _find_kernel_obstacle(q: torch.Tensor, storage: KVStorage, scale: float) -> str | None:
+    """Why the fused kernel cannot serve a call; None if it can."""
+    try:
+        # Triton is optional, and slow to import.
+        from .launch import find_obstacle
+    except ImportError as error:
+        return f"Triton is missing ({error})"
+    return find_obstacle(q, storage, scale)

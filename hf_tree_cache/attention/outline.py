@@ -506,6 +506,9 @@ def _to_arrays(
     first_member -= num_members
     member_begin = begin.repeat(num_members)
     own = position.take(member) + 1 - member_begin
+    if not outline.single:
+        # Of a row's new tokens, a tile's last query sees those up to its own.
+        tokens = np.minimum(tokens, np.maximum.reduceat(np.minimum(own, limit), first_member))
     lower, skipped = None, np.zeros_like(tokens)
     if window is not None and len(member):
         lower = window.first_visible(position[member]) - member_begin

@@ -176,7 +176,8 @@ def schedule(
         if lanes > 1:
             segments = braid(segments, leaves, lanes, plan.block_size)
     steps = chunk_tokens(segments, tiles, group_size, room, plan.block_size)
-    items = _Items.of(segments, steps, tiles, group_size)
+    may_grow = plan.grown is not None or max(plan.counts, default=0) == 1
+    items = _Items.of(segments, steps, tiles, group_size, may_grow=may_grow)
     return _work_list(plan, segments, items, tiles, group_size, sms_per_head, num_merged, most)
 
 
@@ -188,7 +189,7 @@ class _Items:
         segment: which is cut.
         offset: tokens of the segment before the item.
         tokens: how many it has.
-        grows: whether it ends where its row does.
+        grows: whether it ends where its row does, and grows with it.
         cost: in tokens of the small class.
         large: whether it is of the large class.
         first_member, num_members: which of the members below are each item's.
@@ -210,10 +211,16 @@ class _Items:
     full: Longs
 
     @classmethod
-    def of(cls, segments: Segments, steps: Longs, tiles: Tiles, group_size: int) -> _Items:
-        """Cut each segment every ``steps`` tokens."""
+    def of(
+        cls, segments: Segments, steps: Longs, tiles: Tiles, group_size: int, *, may_grow: bool
+    ) -> _Items:
+        """Cut each segment every ``steps`` tokens.
+
+        Args:
+            may_grow: rows may get one token each, and the list stay.
+        """
         left = segments.tokens - segments.skipped
-        tails = segments.row >= 0
+        tails = (segments.row >= 0) & may_grow
         if (left > 0).all() and (left <= steps).all():
             # Nothing is cut: each segment is an item.
             segment: Longs = np.arange(len(left))
@@ -371,10 +378,9 @@ def _work_list(
     tokens, grows = np.zeros((2, len(records)), np.int32)
     tokens[: len(order)] = items.tokens.take(order)
     growing_item = np.full(len(segments.row), -1, np.int64)
-    if plan.grown is not None or max(plan.counts, default=0) == 1:
-        grows[: len(order)] = items.grows.take(order)
-        growing = grows.nonzero()[0]
-        growing_item[segment.take(growing)] = growing
+    grows[: len(order)] = items.grows.take(order)
+    growing = grows.nonzero()[0]
+    growing_item[segment.take(growing)] = growing
     tails = Tails.of(segments, growing_item, plan, deterministic=tiles.deterministic)
     part_ptr = np.zeros(num_queries + 1, np.int32)
     num_parts.cumsum(out=part_ptr[1:])

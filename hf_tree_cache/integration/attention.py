@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ..attention.dispatch import run_tree_attention
+from ..attention.dispatch import run_tree_attention, takes_kernel
 from ..attention.latents import tree_attention_latents
 from ..attention.plan import Window
 from ..errors import UnsupportedModel
@@ -83,11 +83,17 @@ def tree_attention_forward(
     if isinstance(key, PagedKV) and isinstance(value, PagedKV) and key.source is value.source:
         if key.source.storage.forgets:
             key.source.note_read(_reach(attention_mask))
-        window, obstacle = _find_obstacle(module, query, key, attention_mask, dropout, kwargs)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        window, obstacle = None, "no past"
+        causal_alone = _hides_later_tokens_only(key, attention_mask)
+        plain = causal_alone and softcap is None and s_aux is None
+        if not key.source.step.fresh or (not plain and _may_begin_in_place(query, key, scale)):
+            window, obstacle = _find_obstacle(module, query, key, attention_mask, dropout, kwargs)
         if obstacle is None:
-            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             out = _attend(query, key, scale, window, softcap, s_aux)
             return out.transpose(1, 2), None
+        if causal_alone and _is_causal(module, kwargs):
+            attention_mask = None
         key, value = key.both(obstacle)
     return _dense_attention(
         module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, kwargs
@@ -159,8 +165,6 @@ def _find_obstacle(
 ) -> tuple[Window | None, str | None]:
     """(window, why the blocks cannot be read in place; None when they can)."""
     kv, step = key.source, key.source.step
-    if step.fresh:
-        return None, "no past"
     if not step.alive:
         return None, "stale"
     unknown = [k for k, v in kwargs.items() if v is not None and k not in KNOWN_KWARGS]
@@ -195,6 +199,32 @@ def _find_obstacle(
     if not step.padding_known and not mask.all_tokens:
         return None, "padding"
     return window, None
+
+
+def _hides_later_tokens_only(key: PagedKV, mask: torch.Tensor | TreeMask | None) -> bool:
+    """Whether, in a first forward, ``mask`` does nothing that ``is_causal`` does not: no padding,
+    no window that ends within the prompt."""
+    step = key.source.step
+    if not step.fresh or min(step.counts, default=0) < step.num_new:
+        return False
+    if not isinstance(mask, TreeMask):
+        return mask is None
+    recognised, window = mask.pattern
+    if not recognised or (window is not None and window.size < step.num_new):
+        return False
+    return step.padding_known or mask.padding is None
+
+
+def _may_begin_in_place(query: torch.Tensor, key: PagedKV, scale: float) -> bool:
+    """Whether a first forward reads blocks, too: sdpa would need a mask as a tensor, or a formula.
+
+    Stored K/V have no gradient; those that the model has just made have.
+    """
+    kv = key.source
+    if isinstance(key, LatentKV) or not takes_kernel(kv.backend, query, kv.storage, scale):
+        return False
+    made = (query, *kv.new)
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in made))
 
 
 def _reach(mask: torch.Tensor | TreeMask | None) -> int | None:
