@@ -34,6 +34,9 @@ MOST_LARGE = 0.6
 PIECES = 4
 """Of a large segment, about."""
 
+ROUNDS = 0.9
+"""One more piece of every large segment must take less than this of the time: it adds merges."""
+
 CLOSE = 1.01
 """A cut is as good as the best if the model ends it within this factor."""
 
@@ -66,6 +69,14 @@ def chunk_tokens(
         # Of those that end about first, the fewest items: less to merge.
         bound = CLOSE * min(ends.values())
         best = next(cuts[key] for key, end in ends.items() if end <= bound)
+    if large.all() and room < 2 * len(left) <= 2 * MOST_SIMULATED:
+        # A little more than a round of programs takes two, a little less leaves places empty.
+        bound = ROUNDS * cutter.end(best, float("inf"))
+        for pieces in (2, 3):
+            steps = cutter.cut(pieces * len(left) / room)
+            end = cutter.end(steps, bound)
+            if end < bound:
+                best, bound = steps, ROUNDS * end
     return best
 
 

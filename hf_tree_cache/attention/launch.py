@@ -262,7 +262,7 @@ class Workspace:
             SOFTCAP=softcap is not None,
             SINKS=sinks is not None,
             SPLIT_LIST=spec.k_head_dim != spec.v_head_dim,
-            PRECISION="ieee",
+            PRECISION=self._precision,
             OVERLAP=self.overlap,
             **launch_options(self.overlap),
             **tiles.options(_arch(spec.device)),
@@ -385,6 +385,15 @@ class Workspace:
         fits = dtype == torch.bfloat16 or (arch == "interpreter" and dtype == torch.float32)
         fails = arch in TENSOR_MEMORY and _triton_version() < (3, 8)
         return fits and not fails and not self.key.deterministic
+
+    @property
+    def _precision(self) -> str:
+        """How float32 is multiplied: by tensor cores, from an upper and a lower half of each number
+        in tf32, which is as exact; where they cannot, or registers do not suffice, without them."""
+        spec, arch = self.key.spec, _arch(self.key.spec.device)
+        is_short = rounded(max(spec.k_head_dim, spec.v_head_dim)) <= 128
+        in_halves = spec.dtype == torch.float32 and is_short and arch.startswith("sm_")
+        return "tf32x3" if in_halves and int(arch[3:]) >= 80 else "ieee"
 
     @property
     def _split(self) -> bool:

@@ -140,18 +140,21 @@ LIMITS = {
 # Rows of the table: architectures, bytes of an element, head dims, tiles of both sets.
 #
 # Registers and shared memory decide. A large tile keeps M x D sums in registers, a merge its rows x
-# parts x D values; a stage of 64 tokens takes 32 KB with two bytes and D = 128. Products in float32
-# use no tensor cores, and more registers.
+# parts x D values; a stage of 64 tokens takes 32 KB with two bytes and D = 128. In float32 halves of
+# numbers take registers, too; heads of 256 have none left, and use no tensor cores.
 _EASY = (16, 32, 64)
 _ROOMY = ("sm_80", "sm_90", "sm_100")  # shared memory for several large tiles
 _TIGHT = ("sm_86", "sm_89", "sm_120")
-_MANY_WARPS = Tiles(
-    m_large=32, kv_small=16, kv_large=16, stages_small=2, stages_large=2, num_warps=8,
-    merge_parts=2, max_registers=128,
+_FLOAT = Tiles(
+    m_large=32, kv_small=64, kv_large=32, stages_small=2, stages_large=2, merge_rows=4,
+    merge_parts=2,
 )  # fmt: skip
-_FREE_WARPS = replace(_MANY_WARPS, max_registers=0, programs_per_sm=1)
-_FLOAT = Tiles(kv_small=16, merge_parts=2, max_registers=128)
-_FLOAT_256 = replace(_FLOAT, stages_small=2, max_registers=168)
+_FLOAT_64 = replace(_FLOAT, max_registers=168, programs_per_sm=3)
+_FLOAT_256 = Tiles(
+    m_large=32, kv_small=16, kv_large=16, stages_small=2, stages_large=2, num_warps=8,
+    merge_parts=2, programs_per_sm=1,
+)  # fmt: skip
+_FLOAT_256_SMALL = Tiles(kv_small=16, stages_small=2, merge_parts=2, max_registers=168)
 _AMD = Tiles(kv_small=32, stages_small=2, stages_large=2, merge_parts=4)
 _AMD_16 = replace(_AMD, m_large=32, kv_small=16, kv_large=16, merge_parts=2)
 _WIDE_MERGES = Tiles(max_registers=168, merge_rows=16, merge_parts=4, programs_per_sm=3)
@@ -190,11 +193,19 @@ _ROWS: tuple[tuple[tuple[str, ...], int, tuple[int, ...], Tiles, Tiles], ...] = 
     (("sm_80",), 2, (512,), _LONG, replace(_LONG_4, programs_per_sm=3)),
     (_TIGHT, 2, (512,), _LONG, _LONG_4),
     # float32
-    (_ROOMY + _TIGHT, 4, _EASY, _MANY_WARPS, replace(_FLOAT, programs_per_sm=4)),
-    (_ROOMY, 4, (128,), _MANY_WARPS, replace(_FLOAT, programs_per_sm=3)),
-    (_TIGHT, 4, (128,), _MANY_WARPS, _FLOAT),
-    (_ROOMY, 4, (256,), _FREE_WARPS, replace(_FLOAT_256, programs_per_sm=3)),
-    (_TIGHT, 4, (256,), _FREE_WARPS, replace(_FLOAT_256, programs_per_sm=1)),
+    (_ROOMY, 4, _EASY, _FLOAT_64, _FLOAT_64),
+    (_TIGHT, 4, _EASY, replace(_FLOAT_64, programs_per_sm=2),
+     replace(_FLOAT_64, programs_per_sm=2)),
+    # Measured on an H200.
+    (("sm_90",), 4, (128,), replace(_FLOAT, kv_small=32, stages_small=3),
+     replace(_FLOAT, merge_rows=8)),
+    (("sm_100",), 4, (128,), _FLOAT, replace(_FLOAT, merge_rows=8)),
+    (("sm_80",), 4, (128,), replace(_FLOAT, kv_small=32),
+     replace(_FLOAT, kv_small=32, merge_rows=8)),
+    (_TIGHT, 4, (128,), replace(_FLOAT, kv_small=32, programs_per_sm=1),
+     replace(_FLOAT, merge_rows=8, programs_per_sm=1)),
+    (_ROOMY, 4, (256,), _FLOAT_256, replace(_FLOAT_256_SMALL, programs_per_sm=3)),
+    (_TIGHT, 4, (256,), _FLOAT_256, replace(_FLOAT_256_SMALL, programs_per_sm=1)),
     # AMD
     (("gfx942",), 2, _EASY, replace(_AMD, kv_small=64, kv_large=64, max_registers=256),
      replace(_AMD, stages_small=3, merge_parts=8, programs_per_sm=4)),
@@ -222,7 +233,7 @@ TABLE: dict[Key, TileSet] = {
 }
 """The built-in tiles."""
 
-MEASURED = {("sm_90", 2, head_dim) for head_dim in (64, 128, 512)}
+MEASURED = {("sm_90", 2, head_dim) for head_dim in (64, 128, 512)} | {("sm_90", 4, 128)}
 """Entries of the table that were chosen by time; the others are what fits without spills."""
 
 TILES_VARIABLE = "HF_TREE_CACHE_TILES"

@@ -86,7 +86,7 @@ def tree_attention_forward(
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         window, obstacle = None, "no past"
         causal_alone = _hides_later_tokens_only(key, attention_mask)
-        plain = causal_alone and softcap is None and s_aux is None
+        plain = causal_alone and softcap is None and s_aux is None and _has_fused_sdpa(query, key)
         if not key.source.step.fresh or (not plain and _may_begin_in_place(query, key, scale)):
             window, obstacle = _find_obstacle(module, query, key, attention_mask, dropout, kwargs)
         if obstacle is None:
@@ -215,8 +215,15 @@ def _hides_later_tokens_only(key: PagedKV, mask: torch.Tensor | TreeMask | None)
     return step.padding_known or mask.padding is None
 
 
+def _has_fused_sdpa(query: torch.Tensor, key: PagedKV) -> bool:
+    """Whether torch attends to grouped heads in one kernel; without one, scores are a tensor."""
+    head_dim = query.shape[-1]
+    fits = head_dim % 8 == 0 and head_dim <= 256 and key.source.new[1].shape[-1] == head_dim
+    return not query.is_cuda or (query.dtype in (torch.bfloat16, torch.float16) and fits)
+
+
 def _may_begin_in_place(query: torch.Tensor, key: PagedKV, scale: float) -> bool:
-    """Whether a first forward reads blocks, too: sdpa would need a mask as a tensor, or a formula.
+    """Whether a first forward may read blocks, too, where sdpa would need a mask or a formula.
 
     Stored K/V have no gradient; those that the model has just made have.
     """
