@@ -197,9 +197,7 @@ _ROWS: tuple[tuple[tuple[str, ...], int, tuple[int, ...], Tiles, Tiles], ...] = 
     (_TIGHT, 4, _EASY, replace(_FLOAT_64, programs_per_sm=2),
      replace(_FLOAT_64, programs_per_sm=2)),
     # Measured on an H200.
-    (("sm_90",), 4, (128,), replace(_FLOAT, kv_small=32, stages_small=3),
-     replace(_FLOAT, merge_rows=8)),
-    (("sm_100",), 4, (128,), _FLOAT, replace(_FLOAT, merge_rows=8)),
+    (("sm_90", "sm_100"), 4, (128,), _FLOAT, replace(_FLOAT, merge_rows=8)),
     (("sm_80",), 4, (128,), replace(_FLOAT, kv_small=32),
      replace(_FLOAT, kv_small=32, merge_rows=8)),
     (_TIGHT, 4, (128,), replace(_FLOAT, kv_small=32, programs_per_sm=1),
