@@ -265,6 +265,8 @@ def measure_section(
         print(f"{name}: no time left", flush=True)
         return
     found = run(model, shape)
+    if isinstance(found, list):
+        found = [row | {"commit": results.data["environment"]["commit"]} for row in found]
     print(json.dumps({name: found}), flush=True)
     results.data[name] = found
     results.save()

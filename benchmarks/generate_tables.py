@@ -68,7 +68,7 @@ def _card_text(result: dict[str, Any]) -> str:
         f"linear read {result['linear_read_tb_s']:.2f} TB/s."
     )
     if older := [commit for commit in commits if commit != where["commit"]]:
-        about += f" Rows marked with {', '.join(older)} are of an earlier run, with its own floors."
+        about += f" Rows marked with {', '.join(older)} are of other runs, with their own floors."
     if "measured" not in result:
         about += " Steps here: the time of all new tokens less that of a quarter, in two runs."
     attention = {row["attention"] for row in result["rows"] if "attention" in row}
@@ -86,8 +86,8 @@ def _card_text(result: dict[str, Any]) -> str:
         "\n".join(lines)
         for lines in (
             _profiles(result["rows"]),
-            _prefill(result.get("prefill")),
-            _different_prompts(result.get("different_prompts")),
+            _prefill(result.get("prefill"), where["commit"]),
+            _different_prompts(result.get("different_prompts"), where["commit"]),
             _largest(result.get("largest")),
         )
         if lines
@@ -143,7 +143,13 @@ def _profiles(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _prefill(rows: list[dict[str, Any]] | None) -> list[str]:
+def _mark(rows: list[dict[str, Any]], newest: str) -> str:
+    """ " (commits)" of a section that is not of the run with ``newest``."""
+    commits = sorted({row.get("commit", newest) for row in rows})
+    return "" if commits == [newest] else f" ({', '.join(commits)})"
+
+
+def _prefill(rows: list[dict[str, Any]] | None, newest: str) -> list[str]:
     if not rows:
         return []
     alone = {
@@ -152,7 +158,8 @@ def _prefill(rows: list[dict[str, Any]] | None) -> list[str]:
         if row["how"] == "the model alone" and "seconds" in row
     }
     lines = [
-        "Prefill of the 8B shape (the model alone: one row, sdpa, DynamicCache, no sampling):",
+        "Prefill of the 8B shape (the model alone: one row, sdpa, DynamicCache, no sampling)"
+        f"{_mark(rows, newest)}:",
         "",
         "| prompt | chunks | how | s | × the model alone | GB above weights |",
         "| --: | --: | :-- | --: | --: | --: |",
@@ -171,11 +178,12 @@ def _prefill(rows: list[dict[str, Any]] | None) -> list[str]:
     return lines
 
 
-def _different_prompts(rows: list[dict[str, Any]] | None) -> list[str]:
+def _different_prompts(rows: list[dict[str, Any]] | None, newest: str) -> list[str]:
     if not rows:
         return []
     lines = [
-        "Eight prompts of 200 to 2,000 tokens in one batch, 8 branches each, 33 new tokens:",
+        "Eight prompts of 200 to 2,000 tokens in one batch, 8 branches each, 33 new tokens"
+        f"{_mark(rows, newest)}:",
         "",
         "| cache | ms a step | first tokens, s | all, s | GB above weights | tokens stored |",
         "| :-- | --: | --: | --: | --: | --: |",

@@ -38,7 +38,10 @@ from hf_tree_cache.env import environment, version_of
 from hf_tree_cache.memory.storage import KVStorage
 
 RESULTS = Path(__file__).resolve().parent / "results"
-MAX_ERROR, MAX_LSE_ERROR, MAX_PEER_ERROR = 3e-3, 1e-3, 1e-2
+MAX_ERROR, MAX_PEER_ERROR = 3e-3, 1e-2
+MAX_LSE_ERROR = 2.0**-8
+"""Large items sum weights as bfloat16 rounds them: so far off where few tokens have all weight."""
+
 PLANNINGS = 20
 COMPILE_SECONDS = 240
 FLEX_CASES = ("W1_64, 32/8 heads", "W3, 32/8 heads")
@@ -416,7 +419,8 @@ def run_ours(cases: list[Case], limits: dict[str, float], results: Results) -> N
             row.pop("us", None)
         print(line_of(row), flush=True)
         peers = results.rows.get(case.name, {}).get("peers", {})
-        results.put(row | {"peers": peers})
+        commit = results.header["environment"]["commit"]
+        results.put(row | {"peers": peers, "commit": commit})
 
 
 def run_peers(cases: list[Case], results: Results, *, slow: bool) -> None:

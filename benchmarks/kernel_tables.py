@@ -59,7 +59,7 @@ def docs_text(kernel: Row | None) -> str:
         _peer_table(main),
         *map(_wrapped, _peer_notes(main)),
         "### Other shapes: µs a layer",
-        _shape_table(others),
+        _shape_table(others, kernel["environment"].get("commit", "?")),
         "### Work lists, and host time to make them: µs",
         _planning_table(main),
     ]
@@ -187,7 +187,8 @@ def _plain(reason: str) -> str:
     return textwrap.shorten(line, 200, placeholder=" …").rstrip(".")
 
 
-def _shape_table(rows: list[Row]) -> str:
+def _shape_table(rows: list[Row], newest: str) -> str:
+    """Rows of other runs than that of the main table are marked with their commits."""
     if not rows:
         return "None were run."
     header = ("case", "unique MB", "GFLOP", "floor", "gather", "ours (p20 to p80)", "× gather",
@@ -197,10 +198,10 @@ def _shape_table(rows: list[Row]) -> str:
         if not row["ok"]:
             lines.append((row["name"], *_failure(header, (row["name"],))))
             continue
-        us = row["us"]
+        us, commit = row["us"], row.get("commit", newest)
         lines.append(
             (
-                row["name"],
+                row["name"] + (f" ({commit})" if commit != newest else ""),
                 f"{row['unique_bytes'] / 1e6:,.0f}",
                 f"{row['flop'] / 1e9:.2f}",
                 f"{row['floor_us']:.1f}",

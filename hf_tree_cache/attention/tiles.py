@@ -140,8 +140,8 @@ LIMITS = {
 # Rows of the table: architectures, bytes of an element, head dims, tiles of both sets.
 #
 # Registers and shared memory decide. A large tile keeps M x D sums in registers, a merge its rows x
-# parts x D values; a stage of 64 tokens takes 32 KB with two bytes and D = 128. In float32 halves of
-# numbers take registers, too; heads of 256 have none left, and use no tensor cores.
+# parts x D values; a stage of 64 tokens takes 32 KB with two bytes and D = 128. In float32 halves
+# of numbers take registers, too; heads of 256 have none left, and use no tensor cores.
 _EASY = (16, 32, 64)
 _ROOMY = ("sm_80", "sm_90", "sm_100")  # shared memory for several large tiles
 _TIGHT = ("sm_86", "sm_89", "sm_120")

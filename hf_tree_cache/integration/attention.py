@@ -84,11 +84,11 @@ def tree_attention_forward(
         if key.source.storage.forgets:
             key.source.note_read(_reach(attention_mask))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        window, obstacle = None, "no past"
         causal_alone = _hides_later_tokens_only(key, attention_mask)
         plain = causal_alone and softcap is None and s_aux is None and _has_fused_sdpa(query, key)
-        if not key.source.step.fresh or (not plain and _may_begin_in_place(query, key, scale)):
-            window, obstacle = _find_obstacle(module, query, key, attention_mask, dropout, kwargs)
+        window, obstacle = _find_obstacle(module, query, key, attention_mask, dropout, kwargs)
+        if key.source.step.fresh and (plain or not _may_begin_in_place(query, key, scale)):
+            obstacle = "no past"
         if obstacle is None:
             out = _attend(query, key, scale, window, softcap, s_aux)
             return out.transpose(1, 2), None
