@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -316,3 +317,20 @@ def test_on_an_h200_three_programs_of_a_mixed_list_share_an_sm(
     facts = compile_for(variant, monkeypatch, tmp_path)
     # All loads of K and V are cp.async: two stages of 32 KB each for the small class, and queries.
     assert (facts.programs, facts.shared, facts.async_copies) == (3, 73_216, 96)
+
+
+def test_float32_takes_the_products_that_all_architectures_have(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With Hopper's own, of 64 rows, a kernel in three products gave wrong results on an H200."""
+    texts: list[str] = []
+    known = read_nvidia
+
+    def read(arch: str, tiles: Tiles, compiled: Any, path: Path) -> Facts:
+        texts.append(compiled.asm["ptx"])
+        return known(arch, tiles, compiled, path)
+
+    monkeypatch.setattr(sys.modules[__name__], "read_nvidia", read)
+    compile_for(make("sm_90", FP32, (128, 128), "mixed"), monkeypatch, tmp_path)
+    (text,) = texts
+    assert "mma.sync.aligned.m16n8k8.row.col.f32.tf32" in text and "wgmma" not in text
