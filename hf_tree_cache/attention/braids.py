@@ -54,9 +54,9 @@ def braid(segments: Segments, leaves: Longs, lanes: int, size: int) -> Segments:
     # Places up to the longest leaf's end, with room: what a shorter one does not have, nobody sees.
     held = -(-int(longest.max()) // size)
     width = held - (-GROWTH_TOKENS // size)
-    places = segments.first_block.take(leaves)[:, None, :] + np.arange(held)[:, None]
+    places = segments.first_block.take(leaves)[:, :, None] + np.arange(held)
     braided = np.zeros((num_braids, width, lanes), np.int32)
-    segments.blocks.take(places, mode="clip", out=braided[:, :held])
+    braided[:, :held] = segments.blocks.take(places, mode="clip").transpose(0, 2, 1)
     # Lists are in the order of segments: behind the last one that is kept, all are braided.
     after = int(kept[-1]) + 1 if len(kept) else 0
     end = int(segments.first_block[after]) if after < len(is_kept) else len(segments.blocks)

@@ -420,7 +420,7 @@ class Workspace:
         width, first = self._record_shape(storage.block_size)
         numbers = self._put_numbers(storage, slice(len(work.blocks)), work.blocks)
         records = self._records(storage.block_size)
-        records[:, FIELDS + 2 * width :] = numbers[work.items[:, 1:2] + np.arange(first)]
+        records[:, FIELDS + 2 * width :] = numbers.take(work.items[:, 1:2] + np.arange(first))
         self._index_key = storage.index_key
 
     def _make_parts(self, num_slots: int, arrived: int, sync: int) -> None:

@@ -176,7 +176,9 @@ class _Outline:
         else:
             counts = map(self.plan.counts.__getitem__, self.rows)
             self.first_query = list(accumulate(counts, initial=0))
-        self._descend(root, None)
+        # The root has no tokens: above a single prompt there is nothing to decide.
+        above_all = root not in self._leaves and len(self._inner[root]) == 1
+        self._descend(self._inner[root][0] if above_all else root, None)
         if self.single:
             self._add_families()
 
@@ -456,14 +458,17 @@ def _to_arrays(
     query = query_row * num_new + num_new - back
     position = lengths.take(query_row) - back
 
-    begin, num_blocks, places, num_members, rank = _columns([p.segments for p in parts], 5)
-    low, high, most = _columns([p.members for p in parts], 3)
-    first, end, lone_begin = _columns([p.lone for p in parts], 3)
+    lists = [p.segments for p in parts], [p.members for p in parts], [p.lone for p in parts]
+    begin, num_blocks, places, num_members, rank = _columns(lists[0], 5)
+    low, high, most = _columns(lists[1], 3)
+    first, end, lone_begin = _columns(lists[2], 3)
     is_tail = rank >= 0
     if len(parts) > 1:
         base = np.array([part.base for part in parts], np.int64)
-        sizes = np.array([part.sizes for part in parts], np.int64)
-        of_segment, of_range, of_lone = map(base.repeat, sizes.T)
+        of_segment, of_range, of_lone = (
+            base.repeat([len(numbers) // width for numbers in each])
+            for each, width in zip(lists, (5, 3, 3), strict=True)
+        )
         rank, low, high, first, end = (
             rank + of_segment,
             low + of_range,

@@ -62,11 +62,6 @@ class Part:
         self.pieces: Pieces = []
         self._last: Pieces | None = None
 
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """How many segments, ranges of members and ranges of lone leaves there are."""
-        return len(self.segments) // 5, len(self.members) // 3, len(self.lone) // 3
-
     def add(self, segment: Segment) -> None:
         """A segment that ends within the tree."""
         # Neighbours may read the same: queries of one node that need several tiles.

@@ -364,14 +364,18 @@ def _work_list(
     if len(order) and not tiles.deterministic:
         work[:, 5] = np.minimum.reduceat(items.full.take(member), counts.cumsum() - counts)
     work[:, 6] = np.log2(lanes)
-    at = item * records.shape[1] + place
-    records.put(at + FIELDS, query)
-    records.put(at + (FIELDS + width), items.limit.take(member))
+    at, limits = item * records.shape[1] + (place + FIELDS), items.limit.take(member)
+    records.put(at, query)
+    at += width
+    records.put(at, limits)
     turns = int(lanes.max(initial=1))
     if 1 < turns < most_lanes:
         # The kernel looks for the limit of a block's lane as if there were as many as may be.
-        limits = work[:, FIELDS + width : FIELDS + width + most_lanes]
-        limits[lanes > 1] = np.tile(limits[lanes > 1, :turns], most_lanes // turns)
+        braided = (lanes.take(item) > 1).nonzero()[0]
+        at, limits = at.take(braided), limits.take(braided)
+        for _ in range(turns, most_lanes, turns):
+            at += turns
+            records.put(at, limits)
     _put_tiled(records[len(order) : num_work], LARGE if tiles.deterministic else SMALL, idle, small)
     _put_tiled(records[num_work:], MERGE, merged, merge_rows // group_size)
 
