@@ -720,6 +720,14 @@ def test_disable_gives_the_model_back_as_it_was(name: str) -> None:
     assert implementations(each) == before
 
 
+@pytest.mark.core
+def test_continuous_batching_is_refused_until_disabled() -> None:
+    model = build("llama")
+    with enable_tree_attention(model), pytest.raises(InvalidArgument, match=r"Call disable\(\)"):
+        model.generate_batch(inputs=[[3, 4, 5], [6, 7]])
+    assert "init_continuous_batching" not in vars(model)
+
+
 def test_disabled_in_the_middle_the_cache_goes_on() -> None:
     llama, cache, inputs = model("llama"), tree_cache(), prompts()
     with enable_tree_attention(llama):

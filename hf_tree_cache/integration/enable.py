@@ -10,7 +10,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import nn
@@ -108,6 +108,16 @@ def is_enabled(model: Any) -> bool:
     return any(isinstance(hook, _Hooks) for hook in base_of(model)._forward_pre_hooks.values())
 
 
+ATTACHED = (
+    "_prepare_cache_for_generation",
+    "_optimize_model_for_decode",
+    "__deepcopy__",
+    "init_continuous_batching",
+    "forward",
+)
+"""Attributes that hide those of a model's class while it is enabled."""
+
+
 class EnabledTreeAttention:
     """Undoes :func:`enable_tree_attention`; a context manager that does so at its end.
 
@@ -149,6 +159,9 @@ class EnabledTreeAttention:
         self._late_ends = LateEnds(model, hooks.last_cache)
         stop_strings.hand_tokenizer_on(model)
         vars(model)["__deepcopy__"] = self._copy
+        if any(config._attn_implementation_internal == NAME for config in _configs(model)):
+            # generate_batch begins with it.
+            model.init_continuous_batching = _refuse_continuous_batching
         self._handles = [
             model.register_forward_pre_hook(hooks, with_kwargs=True),
             model.register_forward_hook(hooks.after, with_kwargs=True, always_call=True),
@@ -158,8 +171,7 @@ class EnabledTreeAttention:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        own = ("_prepare_cache_for_generation", "_optimize_model_for_decode", "__deepcopy__")
-        for name in (*own, "forward"):
+        for name in ATTACHED:
             vars(self._model).pop(name, None)
         if self._forward is not None:
             self._model.forward = self._forward
@@ -220,6 +232,14 @@ def _make_graphs(model: PreTrainedModel, wanted: bool | str, compile: bool) -> D
             f"enable_tree_attention(compile=True): nothing is compiled: {obstacle}."
         )
     return None if obstacle is not None or not wanted else DecodeGraphs(model, compile=compile)
+
+
+def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
+    raise InvalidArgument(
+        "Continuous batching has a cache and an attention of its own, which a model with tree "
+        "attention has given up. Call disable() on what enable_tree_attention returned, before "
+        "generate_batch; or give all prompts to generate, or to a BranchRunner, with a TreeCache."
+    )
 
 
 def _with_graphs(forward: Callable[..., Any], graphs: DecodeGraphs) -> Callable[..., Any]:
