@@ -34,6 +34,7 @@ class Joined:
         self.spec = KVSpec(1, width, spec.k_head_dim, spec.dtype, spec.device)
         self.block_size, self.forgets = storage.block_size, storage.forgets
         self.index_blocks, self.index_slots = storage.index_blocks, storage.index_slots
+        self.index_stretches = storage.index_stretches
         self.index_key = storage.index_key
         self.storage = storage
 

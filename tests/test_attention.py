@@ -238,6 +238,41 @@ def test_the_torch_backend_agrees_in_float64(seed: int, monkeypatch: pytest.Monk
 
 
 @trees(range(SEEDS))
+@pytest.mark.parametrize("threads", [3, 8])
+def test_the_torch_backend_agrees_in_pieces(
+    seed: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_backend, "STRETCH_TOKENS", 1 + seed % 9)
+    monkeypatch.setattr(torch_backend, "PIECE_TOKENS", 1 + seed % 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    case = make_case(monkeypatch, seed)
+    check_same(attend(case, "torch"), attend(case, "reference"), TOLERANCES[torch.float64])
+
+
+@pytest.mark.parametrize("pieces", [2, 3, 5, 8])
+@pytest.mark.parametrize("length", [8, 9, 13, 40, 41])
+def test_pieces_for_threads_hold_every_token_once(length: int, pieces: int) -> None:
+    tokens = torch.arange(length).expand(2, length).T[None].transpose(1, 2)[..., None]
+    cut = torch_backend._overlapping(tokens, pieces)
+    assert cut.shape[:2] == (pieces, 2) and cut.shape[2] < length
+    step = cut.stride(0) // cut.stride(2)
+    again = torch_backend._read_again(None, pieces, cut.shape[2], step)  # type: ignore[arg-type]
+    for head in range(2):
+        assert cut[:, head, :, 0][~again.keys[:, 0, 0]].tolist() == list(range(length))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "num_tokens", "threads", "pieces"),
+    [(3, 10_000, 2, 2), (4, 10_000, 2, 1), (3, 10_000, 8, 8), (3, 3_000, 8, 2), (2, 900, 8, 1)],
+)
+def test_in_how_many_pieces_a_row_is_read(
+    tasks: int, num_tokens: int, threads: int, pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert torch_backend._count_pieces(tasks, num_tokens) == pieces
+
+
+@trees(range(SEEDS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_the_torch_backend_agrees_in_lower_precision(
     seed: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

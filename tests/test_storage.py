@@ -369,6 +369,38 @@ def test_a_slab_index_finds_every_position_once(positions: list[int], as_tensor:
         assert index.run[0] * 4 + index.run[1] == positions[0]
 
 
+@pytest.mark.parametrize(
+    ("blocks", "least", "stretches"),
+    [
+        ([4, 5, 6, 7], 2, [[4, 5, 6, 7]]),
+        ([2, 3, 4, 5], 2, [[2, 3], [4, 5]]),  # over the border of a slab
+        ([2, 3, 4, 5], 3, [[2, 3, 4, 5]]),
+        ([0, 1, 6, 7, 4, 5], 2, [[0, 1], [6, 7], [4, 5]]),
+        ([0, 1, 6, 5, 4, 7], 2, [[0, 1, 6, 5, 4, 7]]),
+    ],
+)
+@pytest.mark.parametrize("slots", [False, True])
+def test_stretches_are_views_where_they_are_long(
+    blocks: list[int], least: int, stretches: list[list[int]], slots: bool
+) -> None:
+    storage = KVStorage(KVSpec(2, 3, 5, torch.float32, CPU), 1, block_size=2, slab_blocks=4)
+    layer, size = storage.add_layer(), 2
+    storage.ensure(8)
+    for slab in (*storage._k_slabs, *storage._v_slabs):
+        slab.normal_()
+    positions = [b * size + i for b in blocks for i in range(size)] if slots else blocks
+    found = storage.index_stretches(positions, least * size if slots else least, slots=slots)
+    each = size if slots else 1
+    assert [index.size for index in found] == [each * len(stretch) for stretch in stretches]
+    whole = storage.index_slots(positions) if slots else storage.index_blocks(positions)
+    gather = storage.gather_slots if slots else storage.gather_blocks
+    pieces = zip(*(gather(layer, index) for index in found), strict=True)
+    for got, want in zip(map(torch.cat, pieces), gather(layer, whole), strict=True):
+        assert torch.equal(got, want)
+    if len(stretches) > 1:
+        assert all(index.run is not None for index in found)
+
+
 def test_a_spec_is_read_from_the_tensors() -> None:
     spec = KVSpec.of(torch.zeros(2, 3, 5, 8), torch.zeros(2, 3, 5, 6))
     assert spec == KVSpec(3, 8, 6, torch.float32, CPU)

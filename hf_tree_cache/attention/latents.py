@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..memory.storage import KVReader, KVSpec, KVStorage, SlabIndex
@@ -139,6 +141,11 @@ class _View:
 
     def index_blocks(self, blocks: Sequence[int]) -> SlabIndex:
         return self._storage.index_blocks(blocks)
+
+    def index_stretches(
+        self, positions: Sequence[int] | npt.NDArray[np.int64], least: int, *, slots: bool = False
+    ) -> tuple[SlabIndex, ...]:
+        return self._storage.index_stretches(positions, least, slots=slots)
 
     def index_slots(self, slots: Sequence[int] | torch.Tensor) -> SlabIndex:
         return self._storage.index_slots(slots)

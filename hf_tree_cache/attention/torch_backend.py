@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..memory.storage import KVReader, SlabIndex
 from ..sending import send, to_device
 from .plan import Run, TreeAttentionPlan, Window
 
+STRETCH_TOKENS = 256
+"""What lies in pieces of so many tokens on average is read where it lies, piece by piece; what lies
+in smaller ones is copied together."""
+
+PIECE_TOKENS = 1_024
+"""What a CPU's threads get of one head, at least, where there are too few heads for them."""
+
+QUERIES_AT_A_TIME = 32
+"""Of one head, that torch's CPU kernel gives one thread."""
+
 MAX_SCORES = 1 << 25
 """Scores of a product held at a time (float32: 128 MB); longer extends go in pieces of columns."""
+
+
+Partial = tuple[torch.Tensor, torch.Tensor]
+"""An output, and its log-sum-exp."""
 
 
 def tree_attention_torch(
@@ -33,6 +49,10 @@ def tree_attention_torch(
     in float32, or in float64 for float64 inputs.
     """
     num_rows, num_q_heads, num_new, _ = q.shape
+    if num_new == 1 and plan.counts == (1,) and softcap is None and sinks is None:
+        alone = _attend_alone(q, storage, layer, plan, scale, window)
+        if alone is not None:
+            return alone
     per_column = num_rows * num_q_heads * _longest_stretch(plan)
     step = max(1, MAX_SCORES // max(1, per_column))
     pieces = []
@@ -49,9 +69,65 @@ def tree_attention_torch(
     return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2).float()
 
 
+def _attend_alone(
+    q: torch.Tensor,
+    storage: KVReader,
+    layer: int,
+    plan: TreeAttentionPlan,
+    scale: float,
+    window: Window | None,
+) -> Partial | None:
+    """One query of one row whose tokens lie in one piece, on a CPU: one product, and little around
+    it, which counts in small models. None where it takes more."""
+    spec = storage.spec
+    if q.device.type != "cpu" or spec.k_head_dim != spec.v_head_dim:
+        return None
+    key = ("alone", storage.index_key, window)
+    indices = plan.scratch.get(key)
+    if indices is None:
+        indices = plan.scratch[key] = _find_alone(plan, storage, window)
+    if len(indices) > 1 or _count_pieces(spec.num_kv_heads, indices[0].size) > 1:
+        return None
+    k, v = (x.transpose(0, 1)[None] for x in storage.gather_slots(layer, indices[0]))
+    grouped = q.reshape(1, spec.num_kv_heads, -1, spec.k_head_dim)
+    out, lse = _fused_product(grouped, k, v, scale, None)
+    return out.reshape(q.shape), lse.reshape(q.shape[:3]).float()
+
+
 def _longest_stretch(plan: TreeAttentionPlan) -> int:
     runs = (len(run.blocks) * plan.block_size for run in plan.runs)
     return max(plan.max_tail, *runs, 1)
+
+
+def _merge(one: Partial, other: Partial) -> Partial:
+    """Of all that either has seen; NaN where that is nothing."""
+    (out, lse), (part, part_lse) = one, other
+    weight = (part_lse - lse).sigmoid_().unsqueeze(-1)
+    return torch.lerp(out, part, weight), torch.logaddexp(lse, part_lse)
+
+
+def _count_pieces(tasks: int, num_tokens: int) -> int:
+    """In how many pieces ``tasks`` of so many tokens each are to be done, so that threads end
+    together."""
+    threads = torch.get_num_threads()
+    return max(1, min(threads // math.gcd(tasks, threads), num_tokens // PIECE_TOKENS))
+
+
+def _overlapping(x: torch.Tensor, pieces: int) -> torch.Tensor:
+    """``x [1, H, L, D]`` as a view ``[pieces, H, n, D]``, equal in length, so some begin early."""
+    _, num_heads, length, width = x.shape
+    own = -(-length // pieces)
+    own += (length - own) % (pieces - 1)
+    step = (length - own) // (pieces - 1) * x.stride(2)
+    shape, strides = (pieces, num_heads, own, width), (step, *x.stride()[1:])
+    return x.as_strided(shape, strides, x.storage_offset())
+
+
+def _read_again(columns: _Columns, pieces: int, length: int, step: int) -> _Hidden:
+    """What pieces of :func:`_overlapping` have in common is of the later one alone."""
+    keys = torch.zeros(pieces, 1, 1, length, dtype=torch.bool)
+    keys[:-1, :, :, step:] = True
+    return _Hidden(keys, None)
 
 
 def _weight(lse: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
@@ -85,51 +161,69 @@ class _Columns:
 
     def attend(self, storage: KVReader, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """``out [B, Hkv, G, T, Dv]`` and ``lse [B, Hkv, G, T]``."""
-        out, lse = self._tails(storage, layer)
+        whole, *others = self._tails(storage, layer)
+        for part in others:
+            whole = _merge(whole, part)
         for run in self.plan.runs:
-            if self._sees(run):
-                part, part_lse = self._run(storage, layer, run)
-                rows = self._rows(run, storage)
-                total = torch.logaddexp(lse[rows], part_lse)
-                merged = out[rows] * _weight(lse[rows], total)
-                out[rows] = merged.add_(part * _weight(part_lse, total))
-                lse[rows] = total
+            if not self._sees(run):
+                continue
+            rows = self._rows(run, storage)
+            for part in self._run(storage, layer, run):
+                if len(run.rows) == self.plan.num_rows:
+                    whole = _merge(whole, part)
+                    continue
+                out, lse = whole
+                out[rows], lse[rows] = _merge((out[rows], lse[rows]), part)
+        out, lse = whole
         padding = self._padding(storage)
         if padding is not None:
             out.masked_fill_(padding.unsqueeze(-1), 0)
             lse.masked_fill_(padding, -torch.inf)
         return out, lse
 
-    def _tails(self, storage: KVReader, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """All tails, padded to the longest: ``[B, Hkv, G, T, Dv]`` and ``[B, Hkv, G, T]``."""
+    def _tails(self, storage: KVReader, layer: int) -> list[Partial]:
+        """Of all tails, padded to the longest: ``[B, Hkv, G, T, Dv]`` and ``[B, Hkv, G, T]``."""
         if not self.plan.max_tail:
             shape, dtype = self.q.shape[:4], torch.promote_types(self.q.dtype, torch.float32)
             lse = self.q.new_full(shape, -torch.inf, dtype=dtype)
-            return lse.new_zeros((*shape, storage.spec.v_head_dim)), lse
-        slots, hidden = self._remember(("tails", storage.index_key), _read_tails, storage)
-        k, v = (
-            x.unflatten(0, (len(self.q), -1)).transpose(1, 2)
-            for x in storage.gather_slots(layer, slots)
-        )
-        out, lse = self._product(self.q.flatten(2, 3), k, v, hidden)
-        return out.unflatten(2, self.q.shape[2:4]), lse.unflatten(2, self.q.shape[2:4])
+            return [(lse.new_zeros((*shape, storage.spec.v_head_dim)), lse)]
+        indices, hidden = self._remember(("tails", storage.index_key), _read_tails, storage)
+        q, parts, shape = self.q.flatten(2, 3), list[Partial](), self.q.shape[2:4]
+        for index in indices:
+            k, v = (
+                x.unflatten(0, (len(q), -1)).transpose(1, 2)
+                for x in storage.gather_slots(layer, index)
+            )
+            parts += self._products(q, k, v, hidden)
+        return [(out.unflatten(2, shape), lse.unflatten(2, shape)) for out, lse in parts]
 
-    def _run(self, storage: KVReader, layer: int, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
-        """Partial ``[R, Hkv, G, T, Dv]`` and ``[R, Hkv, G, T]`` of the R rows of ``run``."""
+    def _run(self, storage: KVReader, layer: int, run: Run) -> list[Partial]:
+        """Of the R rows of ``run``: ``[R, Hkv, G, T, Dv]`` and ``[R, Hkv, G, T]``."""
         run = self._within(run)
+        hidden = self._remember((run.rows, run.start, storage.spec.device), _read_run, storage, run)
         # Plans hand indices of whole runs on to the next; a window moves, and lets blocks go.
         key = (run,) if self.window is None and not storage.forgets else ("run", run)
-        index = self.plan.scratch.get((*key, storage.index_key))
-        if index is None:
-            index = storage.index_blocks(run.blocks)
-            self.plan.scratch[*key, storage.index_key] = index
-        hidden = self._remember((run.rows, run.start, storage.spec.device), _read_run, storage, run)
-        k, v = (x.flatten(0, 1).transpose(0, 1)[None] for x in storage.gather_blocks(layer, index))
-        q = self.q[self._rows(run, storage)]
-        out, lse = self._product(q.transpose(0, 1).flatten(1, 3)[None], k, v, hidden)
+        key = (*key, storage.index_key, hidden is None)
+        indices = self.plan.scratch.get(key)
+        if indices is None:
+            least = -(-STRETCH_TOKENS // self.plan.block_size)
+            indices = (
+                storage.index_stretches(run.blocks, least)
+                if hidden is None
+                else (storage.index_blocks(run.blocks),)
+            )
+            self.plan.scratch[key] = indices
+        q = self.q[self._rows(run, storage)].transpose(0, 1).flatten(1, 3)[None]
+        parts = list[Partial]()
+        for index in indices:
+            gathered = storage.gather_blocks(layer, index)
+            k, v = (x.flatten(0, 1).transpose(0, 1)[None] for x in gathered)
+            parts += self._products(q, k, v, hidden)
         shape = (len(run.rows), *self.q.shape[2:4])
-        out, lse = out[0].unflatten(1, shape), lse[0].unflatten(1, shape)
-        return out.transpose(0, 1), lse.transpose(0, 1)
+        return [
+            (out[0].unflatten(1, shape).transpose(0, 1), lse[0].unflatten(1, shape).transpose(0, 1))
+            for out, lse in parts
+        ]
 
     def _rows(self, run: Run, storage: KVReader) -> slice | torch.Tensor:
         """Of ``run``, as an index that no layer has to send to the device again."""
@@ -137,6 +231,21 @@ class _Columns:
         if run.rows[-1] - first == count - 1:
             return slice(first, first + count)
         return self._remember((run.rows, storage.spec.device), _read_rows, storage, run)
+
+    def _products(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: _Hidden | None
+    ) -> list[Partial]:
+        """As :meth:`_product`, in as many pieces as keep all threads of a CPU busy."""
+        pieces = 1
+        if hidden is None and q.device.type == "cpu" and len(q) == self.q.shape[3] == 1:
+            pieces = _count_pieces(k.shape[1] * -(-q.shape[2] // QUERIES_AT_A_TIME), k.shape[2])
+        if pieces == 1:
+            return [self._product(q, k, v, hidden)]
+        k, v = _overlapping(k, pieces), _overlapping(v, pieces)
+        length, step = k.shape[2], k.stride(0) // k.stride(2)
+        again = self._remember(("again", pieces, length, step), _read_again, pieces, length, step)
+        out, lse = self._product(q.expand(pieces, -1, -1, -1), k, v, again)
+        return list(zip(out.split(1), lse.split(1), strict=True))
 
     def _product(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: _Hidden | None
@@ -191,9 +300,13 @@ class _Columns:
         return self.plan.scratch[key]
 
 
-def _read_tails(columns: _Columns, storage: KVReader) -> tuple[SlabIndex, _Hidden | None]:
+def _read_tails(
+    columns: _Columns, storage: KVReader
+) -> tuple[tuple[SlabIndex, ...], _Hidden | None]:
     """Slots of the padded tails, B * L of them, and what their queries must not see."""
     plan, size, device = columns.plan, columns.plan.block_size, storage.spec.device
+    if plan.num_rows == plan.num_new == 1:
+        return _find_alone(plan, storage, columns.window), None
     width = plan.max_tail
     # Short tails repeat a written slot: an unwritten one may hold NaN, and 0 * NaN is NaN.
     written = next(blocks[0] for blocks in plan.tail_blocks if blocks)
@@ -210,9 +323,20 @@ def _read_tails(columns: _Columns, storage: KVReader) -> tuple[SlabIndex, _Hidde
         hidden |= keys[:, None, :] < columns.window.first_visible(queries)[:, :, None]
     index = storage.index_slots(slots)
     if not bool(hidden.any()):
-        return index, None
+        return (index,), None
     # A query sees itself, so only padding sees nothing, and that is blanked in the end.
-    return index, _Hidden(send(_for_groups(hidden, columns.q.shape[2]), device), None)
+    return (index,), _Hidden(send(_for_groups(hidden, columns.q.shape[2]), device), None)
+
+
+def _find_alone(
+    plan: TreeAttentionPlan, storage: KVReader, window: Window | None
+) -> tuple[SlabIndex, ...]:
+    """What the only query of the only row sees."""
+    size, (end,), (blocks,) = plan.block_size, plan.lengths, plan.tail_blocks
+    first = 0 if window is None else max(0, window.first_visible(end - 1))
+    places = np.arange(first, end)
+    slots = np.array(blocks, np.int64).take(places // size) * size + places % size
+    return storage.index_stretches(slots, STRETCH_TOKENS, slots=True)
 
 
 def _read_run(columns: _Columns, storage: KVReader, run: Run) -> _Hidden | None:

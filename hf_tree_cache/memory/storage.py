@@ -110,6 +110,10 @@ class KVReader(Protocol):
 
     def index_blocks(self, blocks: Sequence[int]) -> SlabIndex: ...
 
+    def index_stretches(
+        self, positions: Sequence[int] | npt.NDArray[np.int64], least: int, *, slots: bool = False
+    ) -> tuple[SlabIndex, ...]: ...
+
     def index_slots(self, slots: Sequence[int] | torch.Tensor) -> SlabIndex: ...
 
     def gather_blocks(self, layer: int, blocks: SlabIndex) -> tuple[torch.Tensor, torch.Tensor]: ...
@@ -262,15 +266,28 @@ class KVStorage:
 
     def index_blocks(self, blocks: Sequence[int]) -> SlabIndex:
         """Where ``blocks`` are; forgotten ones are zeros."""
-        if self.places is not None:
-            blocks = torch.from_numpy(self.places.of(list(blocks)))  # type: ignore[assignment]
-        return SlabIndex.of(blocks, self.slab_blocks, self.spec.device)
+        places = torch.from_numpy(self._places_of(blocks))
+        return SlabIndex.of(places, self.slab_blocks, self.spec.device)
+
+    def index_stretches(
+        self, positions: Sequence[int] | npt.NDArray[np.int64], least: int, *, slots: bool = False
+    ) -> tuple[SlabIndex, ...]:
+        """As :meth:`index_blocks`, or :meth:`index_slots`, one for each stretch that lies in one
+        piece: what is gathered is then a view. One for all where stretches have less than ``least``
+        positions on average."""
+        places = self._slots_of(positions) if slots else self._places_of(positions)
+        slab_size = self._slab_slots if slots else self.slab_blocks
+        begins = (np.diff(places) != 1) | (places[1:] % slab_size == 0)
+        borders = np.flatnonzero(begins) + 1
+        if len(places) < least * (len(borders) + 1):
+            borders = borders[:0]
+        pieces = map(torch.from_numpy, np.split(places, borders))
+        return tuple(SlabIndex.of(x, slab_size, self.spec.device) for x in pieces)
 
     def index_slots(self, slots: Sequence[int] | torch.Tensor) -> SlabIndex:
         """Where ``slots`` are, ``block * block_size + offset``; those of forgotten blocks are 0."""
         if self.places is not None:
-            blocks, offsets = np.divmod(np.asarray(slots, np.int64), self.block_size)
-            slots = torch.from_numpy(self.places.of(blocks) * self.block_size + offsets)
+            slots = torch.from_numpy(self._slots_of(slots))
         return SlabIndex.of(slots, self._slab_slots, self.spec.device)
 
     def numbers_of(
@@ -367,6 +384,17 @@ class KVStorage:
             for slabs in (self._k_blocks, self._v_blocks):
                 taken = slabs[from_slab].index_select(1, index[:, 0])
                 slabs[to_slab].index_copy_(1, index[:, 1], taken)
+
+    def _places_of(self, blocks: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        given = np.asarray(blocks, np.int64)
+        return given if self.places is None else self.places.of(given)
+
+    def _slots_of(self, slots: Sequence[int] | torch.Tensor | npt.NDArray[np.int64]) -> Any:
+        given = np.asarray(slots, np.int64)
+        if self.places is None:
+            return given
+        blocks, offsets = np.divmod(given, self.block_size)
+        return self.places.of(blocks) * self.block_size + offsets
 
     def _fill(self, blocks: Sequence[int], value: float) -> None:
         """Fill ``blocks``, by their places, with ``value`` in all layers."""
