@@ -199,12 +199,14 @@ class _Columns:
 
     def _run(self, storage: KVReader, layer: int, run: Run) -> list[Partial]:
         """Of the R rows of ``run``: ``[R, Hkv, G, T, Dv]`` and ``[R, Hkv, G, T]``."""
-        run = self._within(run)
-        hidden = self._remember((run.rows, run.start, storage.spec.device), _read_run, storage, run)
+        run, hidden = self._within(run), None
+        if self.window is not None:
+            key = (run.rows, run.start, storage.spec.device)
+            hidden = self._remember(key, _read_run, storage, run)
         # Plans hand indices of whole runs on to the next; a window moves, and lets blocks go.
-        key = (run,) if self.window is None and not storage.forgets else ("run", run)
-        key = (*key, storage.index_key, hidden is None)
-        indices = self.plan.scratch.get(key)
+        first = (run,) if self.window is None and not storage.forgets else ("run", run)
+        place = (*first, storage.index_key, hidden is None)
+        indices = self.plan.scratch.get(place)
         if indices is None:
             least = -(-STRETCH_TOKENS // self.plan.block_size)
             indices = (
@@ -212,7 +214,7 @@ class _Columns:
                 if hidden is None
                 else (storage.index_blocks(run.blocks),)
             )
-            self.plan.scratch[key] = indices
+            self.plan.scratch[place] = indices
         q = self.q[self._rows(run, storage)].transpose(0, 1).flatten(1, 3)[None]
         parts = list[Partial]()
         for index in indices:
@@ -341,8 +343,7 @@ def _find_alone(
 
 def _read_run(columns: _Columns, storage: KVReader, run: Run) -> _Hidden | None:
     """What the window hides of ``run``; None when nothing."""
-    if columns.window is None:
-        return None
+    assert columns.window is not None
     queries = columns.positions(run.rows)
     keys = run.start + torch.arange(len(run.blocks) * columns.plan.block_size)
     hidden = keys < columns.window.first_visible(queries)[:, :, None]
