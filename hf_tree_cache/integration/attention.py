@@ -84,8 +84,8 @@ def tree_attention_forward(
         if key.source.storage.forgets:
             key.source.note_read(_reach(attention_mask))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        causal_alone = _hides_later_tokens_only(key, attention_mask)
-        plain = causal_alone and softcap is None and s_aux is None and _has_fused_sdpa(query, key)
+        causal_alone = _hides_later_tokens_only(key, attention_mask) and _has_fused_sdpa(query, key)
+        plain = causal_alone and softcap is None and s_aux is None
         window, obstacle = _find_obstacle(module, query, key, attention_mask, dropout, kwargs)
         if key.source.step.fresh and (plain or not _may_begin_in_place(query, key, scale)):
             obstacle = "no past"
@@ -216,10 +216,14 @@ def _hides_later_tokens_only(key: PagedKV, mask: torch.Tensor | TreeMask | None)
 
 
 def _has_fused_sdpa(query: torch.Tensor, key: PagedKV) -> bool:
-    """Whether torch attends to grouped heads in one kernel; without one, scores are a tensor."""
+    """Whether torch attends to grouped heads without a mask in one kernel; else it would write all
+    scores, which with a mask it need not."""
+    if not query.is_cuda:
+        return True
     head_dim = query.shape[-1]
     fits = head_dim % 8 == 0 and head_dim <= 256 and key.source.new[1].shape[-1] == head_dim
-    return not query.is_cuda or (query.dtype in (torch.bfloat16, torch.float16) and fits)
+    is_half = query.dtype in (torch.bfloat16, torch.float16)
+    return fits and is_half and torch.cuda.get_device_capability(query.device)[0] >= 8
 
 
 def _may_begin_in_place(query: torch.Tensor, key: PagedKV, scale: float) -> bool:
