@@ -256,20 +256,32 @@ def test_pieces_for_threads_hold_every_token_once(length: int, pieces: int) -> N
     cut = torch_backend._overlapping(tokens, pieces)
     assert cut.shape[:2] == (pieces, 2) and cut.shape[2] < length
     step = cut.stride(0) // cut.stride(2)
-    again = torch_backend._read_again(None, pieces, cut.shape[2], step)  # type: ignore[arg-type]
+    again = torch_backend._find_again(pieces, cut.shape[2], step)
     for head in range(2):
         assert cut[:, head, :, 0][~again.keys[:, 0, 0]].tolist() == list(range(length))
 
 
 @pytest.mark.parametrize(
-    ("tasks", "num_tokens", "threads", "pieces"),
-    [(3, 10_000, 2, 2), (4, 10_000, 2, 1), (3, 10_000, 8, 8), (3, 3_000, 8, 2), (2, 900, 8, 1)],
+    ("heads", "queries", "num_tokens", "threads", "pieces"),
+    [
+        (3, 3, 10_000, 2, 2),
+        (4, 3, 10_000, 2, 1),
+        (3, 33, 10_000, 2, 1),
+        (3, 3, 10_000, 8, 8),
+        (3, 3, 3_000, 8, 2),
+        (2, 3, 900, 8, 1),
+    ],
 )
 def test_in_how_many_pieces_a_row_is_read(
-    tasks: int, num_tokens: int, threads: int, pieces: int, monkeypatch: pytest.MonkeyPatch
+    heads: int,
+    queries: int,
+    num_tokens: int,
+    threads: int,
+    pieces: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert torch_backend._count_pieces(tasks, num_tokens) == pieces
+    assert torch_backend._count_pieces(heads, queries, num_tokens) == pieces
 
 
 @trees(range(SEEDS))

@@ -96,25 +96,15 @@ def test_a_shared_stretch_that_saves_too_little_joins_the_tails() -> None:
     assert plan.tail_blocks == ((0, 1, 3), (0, 1, 2))
 
 
-def test_a_long_past_of_one_row_is_a_run_and_a_short_one_is_not() -> None:
+def test_a_long_past_of_a_single_row_is_a_run_and_a_short_one_is_not() -> None:
     for length, num_runs in [(plan_module.RUN_TOKENS, 0), (plan_module.RUN_TOKENS + 1, 1)]:
         shadow = ShadowTree(16)
-        shadow.add_rows(2)
-        shadow.append([length - 1, 3])
-        shadow.append([1, 1])
-        plan = build_plan(shadow.tree, [1, 1], 1)
+        shadow.add_rows(1)
+        shadow.append([length - 1])
+        shadow.append([1])
+        plan = build_plan(shadow.tree, [1], 1)
         assert len(plan.runs) == num_runs
-        check_plan(plan, shadow, [1, 1])
-
-
-def test_a_row_by_itself_is_all_tail_while_it_gets_a_token_at_a_time() -> None:
-    shadow = ShadowTree(16)
-    shadow.add_rows(1)
-    for count, num_runs in ((2_000, 0), (1, 0), (30, 1), (1, 0)):
-        shadow.append([count])
-        plan = build_plan(shadow.tree, [count], count)
-        assert len(plan.runs) == num_runs
-        check_plan(plan, shadow, [count])
+        check_plan(plan, shadow, [1])
 
 
 @pytest.mark.parametrize("thresholds", THRESHOLDS)
@@ -198,8 +188,7 @@ def test_a_plan_kept_over_growth_meets_the_same_tokens_as_a_fresh_one(
         check_plan(plan, shadow, counts)
         check_plan(build_plan(shadow.tree, counts, num_new), shadow, counts)
         grew = shadow.tree.topology_version == version == previous.topology_version
-        alone = len(counts) == 1 and 1 in (num_new, previous.num_new)
-        if grew and previous.max_tail < 2 * plan_module.RUN_TOKENS and not alone:
+        if grew and previous.max_tail < 2 * plan_module.RUN_TOKENS:
             assert plan.runs is previous.runs
             assert plan.tail_starts is previous.tail_starts
         previous = plan

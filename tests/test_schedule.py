@@ -394,6 +394,18 @@ def test_new_tokens_are_read_as_far_as_the_last_query_of_an_item_sees(past: int)
     assert read == sum(tiles)
 
 
+@pytest.mark.parametrize(("rows", "items"), [(32, 96), (49, 49), (64, 128), (98, 98)])
+def test_large_items_alone_fill_their_last_round(rows: int, items: int) -> None:
+    """49 places for each of 8 heads: 32 rows leave a third empty, 64 take a round and a third."""
+    shadow = ShadowTree(16)
+    shadow.add_rows(rows)
+    shadow.append([4_096 + 16] * rows)
+    plan = build_plan(shadow.tree, [16] * rows, 16)
+    tiles = TABLE["sm_90", 2, 128].mixed
+    work = schedule(plan, tiles, group_size=4, num_kv_heads=8, num_sms=132)
+    assert work.num_large == work.num_work == items
+
+
 def branch_out(
     prompt: int, private: list[int], block_size: int = 16
 ) -> tuple[ShadowTree, TreeAttentionPlan]:

@@ -376,10 +376,10 @@ class Workspace:
     def _is_fixed(self) -> bool:
         """Whether softmax of large items has no running maximum.
 
-        Powers of 2 that are relative to the first tile may not fit in float16, and float32 has no
-        tensor cores to keep busy; in the interpreter it stands for bfloat16. Where a query has to
-        be done again, so are those beside it, which is not deterministic. Triton before 3.8 fails
-        to compile it for Blackwell's data centre GPUs.
+        Powers of 2 that are relative to the first tile may not fit in float16; in float32, whose
+        products take three times as long, nobody has timed it, but in the interpreter it stands for
+        bfloat16. Where a query has to be done again, so are those beside it, which is not
+        deterministic. Triton before 3.8 fails to compile it for Blackwell's data centre GPUs.
         """
         dtype, arch = self.key.spec.dtype, _arch(self.key.spec.device)
         fits = dtype == torch.bfloat16 or (arch == "interpreter" and dtype == torch.float32)

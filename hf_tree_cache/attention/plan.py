@@ -178,10 +178,6 @@ class TreeAttentionPlan:
     def _stretches(self) -> _Stretches:
         self.check_fresh()
         size, lengths, kept = self.block_size, self.lengths, self._kept
-        if len(lengths) == self.num_new == 1:
-            # Nothing to share, and no other tail to be as long as: all of it is one.
-            (tip,) = self.tree.tips()
-            return _Stretches((), (0,), (tuple(_blocks_from(self.tree, tip, 0)),), lengths)
         if kept is not None and kept.max_tail < 2 * RUN_TOKENS:
             runs, starts = kept.runs, kept.tail_starts
             known, was = kept.tail_blocks, kept.lengths

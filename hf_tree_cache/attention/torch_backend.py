@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -49,10 +50,9 @@ def tree_attention_torch(
     in float32, or in float64 for float64 inputs.
     """
     num_rows, num_q_heads, num_new, _ = q.shape
-    if num_new == 1 and plan.counts == (1,) and softcap is None and sinks is None:
-        alone = _attend_alone(q, storage, layer, plan, scale, window)
-        if alone is not None:
-            return alone
+    only = num_new == 1 and plan.counts == (1,) and sinks is None
+    if only and _is_fused(q, storage.spec.k_head_dim, storage.spec.v_head_dim, softcap):
+        return _attend_alone(q, storage, layer, plan, scale, window)
     per_column = num_rows * num_q_heads * _longest_stretch(plan)
     step = max(1, MAX_SCORES // max(1, per_column))
     pieces = []
@@ -65,7 +65,7 @@ def tree_attention_torch(
     if sinks is not None:
         sink = sinks.to(lse.dtype).unflatten(0, lse.shape[1:3])[None, :, :, None]
         with_sink = torch.where(lse == -torch.inf, lse, torch.logaddexp(lse, sink))
-        out, lse = out * _weight(lse, with_sink), with_sink
+        out, lse = out * (lse - sink).sigmoid_().unsqueeze(-1), with_sink
     return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2).float()
 
 
@@ -76,22 +76,34 @@ def _attend_alone(
     plan: TreeAttentionPlan,
     scale: float,
     window: Window | None,
-) -> Partial | None:
-    """One query of one row whose tokens lie in one piece, on a CPU: one product, and little around
-    it, which counts in small models. None where it takes more."""
-    spec = storage.spec
-    if q.device.type != "cpu" or spec.k_head_dim != spec.v_head_dim:
-        return None
+) -> Partial:
+    """The only query of the only row, on a CPU: all it sees at once where that lies in one piece.
+
+    With little around the product, which counts in small models.
+    """
     key = ("alone", storage.index_key, window)
     indices = plan.scratch.get(key)
     if indices is None:
         indices = plan.scratch[key] = _find_alone(plan, storage, window)
-    if len(indices) > 1 or _count_pieces(spec.num_kv_heads, indices[0].size) > 1:
-        return None
-    k, v = (x.transpose(0, 1)[None] for x in storage.gather_slots(layer, indices[0]))
-    grouped = q.reshape(1, spec.num_kv_heads, -1, spec.k_head_dim)
-    out, lse = _fused_product(grouped, k, v, scale, None)
-    return out.reshape(q.shape), lse.reshape(q.shape[:3]).float()
+    grouped = q.reshape(1, storage.spec.num_kv_heads, -1, q.shape[3])
+    parts = list[Partial]()
+    for index in indices:
+        k, v = (x.transpose(0, 1)[None] for x in storage.gather_slots(layer, index))
+        parts += _in_pieces(grouped, k, v, scale, plan)
+    out, lse = reduce(_merge, parts)
+    return out.reshape(q.shape).to(q.dtype), lse.reshape(q.shape[:3]).float()
+
+
+def _find_alone(
+    plan: TreeAttentionPlan, storage: KVReader, window: Window | None
+) -> tuple[SlabIndex, ...]:
+    """Where the tokens are that the only query sees."""
+    plan.check_fresh()
+    size, (end,), (branch,) = plan.block_size, plan.lengths, plan.tree.rows
+    first = 0 if window is None else max(0, window.first_visible(end - 1))
+    places, table = np.arange(first, end), np.array(plan.tree.block_table(branch), np.int64)
+    slots = table.take(places // size) * size + places % size
+    return storage.index_stretches(slots, STRETCH_TOKENS, slots=True)
 
 
 def _longest_stretch(plan: TreeAttentionPlan) -> int:
@@ -106,10 +118,32 @@ def _merge(one: Partial, other: Partial) -> Partial:
     return torch.lerp(out, part, weight), torch.logaddexp(lse, part_lse)
 
 
-def _count_pieces(tasks: int, num_tokens: int) -> int:
-    """In how many pieces ``tasks`` of so many tokens each are to be done, so that threads end
-    together."""
+def _is_fused(q: torch.Tensor, k_dim: int, v_dim: int, softcap: float | None) -> bool:
+    """Whether :func:`_fused_product` serves."""
+    return q.device.type == "cpu" and softcap is None and k_dim == v_dim
+
+
+def _in_pieces(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, plan: TreeAttentionPlan
+) -> list[Partial]:
+    """``q [1, H, M, D]`` attends to all of ``k`` and ``v [1, H, L, D]``, in as many parts as keep
+    all threads of a CPU busy."""
+    pieces, again = _count_pieces(q.shape[1], q.shape[2], k.shape[2]), None
+    if pieces > 1:
+        q, k, v = q.expand(pieces, -1, -1, -1), _overlapping(k, pieces), _overlapping(v, pieces)
+        key = ("again", pieces, k.shape[2], k.stride(0) // k.stride(2))
+        again = plan.scratch.get(key)
+        if again is None:
+            again = plan.scratch[key] = _find_again(*key[1:])
+    out, lse = _fused_product(q, k, v, scale, again)
+    out = out.to(lse.dtype)
+    return [(out, lse)] if pieces == 1 else list(zip(out.split(1), lse.split(1), strict=True))
+
+
+def _count_pieces(num_heads: int, num_queries: int, num_tokens: int) -> int:
+    """In how many pieces tokens are to be read, so that threads end together."""
     threads = torch.get_num_threads()
+    tasks = num_heads * -(-num_queries // QUERIES_AT_A_TIME)
     return max(1, min(threads // math.gcd(tasks, threads), num_tokens // PIECE_TOKENS))
 
 
@@ -121,18 +155,6 @@ def _overlapping(x: torch.Tensor, pieces: int) -> torch.Tensor:
     step = (length - own) // (pieces - 1) * x.stride(2)
     shape, strides = (pieces, num_heads, own, width), (step, *x.stride()[1:])
     return x.as_strided(shape, strides, x.storage_offset())
-
-
-def _read_again(columns: _Columns, pieces: int, length: int, step: int) -> _Hidden:
-    """What pieces of :func:`_overlapping` have in common is of the later one alone."""
-    keys = torch.zeros(pieces, 1, 1, length, dtype=torch.bool)
-    keys[:-1, :, :, step:] = True
-    return _Hidden(keys, None)
-
-
-def _weight(lse: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    """``exp(lse - total)[..., None]``, 0 where nothing was seen at all."""
-    return (lse - total.masked_fill(total == -torch.inf, 0)).exp().unsqueeze(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +170,13 @@ class _Hidden:
     queries: torch.Tensor | None
 
 
+def _find_again(pieces: int, length: int, step: int) -> _Hidden:
+    """What pieces of :func:`_overlapping` have in common is of the later one alone."""
+    keys = torch.zeros(pieces, 1, 1, length, dtype=torch.bool)
+    keys[:-1, :, :, step:] = True
+    return _Hidden(keys, None)
+
+
 @dataclass(frozen=True, slots=True)
 class _Columns:
     """Some query columns of a forward: ``q [B, Hkv, G, T, D]``, from column ``first`` on."""
@@ -161,9 +190,7 @@ class _Columns:
 
     def attend(self, storage: KVReader, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """``out [B, Hkv, G, T, Dv]`` and ``lse [B, Hkv, G, T]``."""
-        whole, *others = self._tails(storage, layer)
-        for part in others:
-            whole = _merge(whole, part)
+        whole = self._tails(storage, layer)
         for run in self.plan.runs:
             if not self._sees(run):
                 continue
@@ -181,21 +208,19 @@ class _Columns:
             lse.masked_fill_(padding, -torch.inf)
         return out, lse
 
-    def _tails(self, storage: KVReader, layer: int) -> list[Partial]:
-        """Of all tails, padded to the longest: ``[B, Hkv, G, T, Dv]`` and ``[B, Hkv, G, T]``."""
+    def _tails(self, storage: KVReader, layer: int) -> Partial:
+        """All tails, padded to the longest: ``[B, Hkv, G, T, Dv]`` and ``[B, Hkv, G, T]``."""
         if not self.plan.max_tail:
             shape, dtype = self.q.shape[:4], torch.promote_types(self.q.dtype, torch.float32)
             lse = self.q.new_full(shape, -torch.inf, dtype=dtype)
-            return [(lse.new_zeros((*shape, storage.spec.v_head_dim)), lse)]
-        indices, hidden = self._remember(("tails", storage.index_key), _read_tails, storage)
-        q, parts, shape = self.q.flatten(2, 3), list[Partial](), self.q.shape[2:4]
-        for index in indices:
-            k, v = (
-                x.unflatten(0, (len(q), -1)).transpose(1, 2)
-                for x in storage.gather_slots(layer, index)
-            )
-            parts += self._products(q, k, v, hidden)
-        return [(out.unflatten(2, shape), lse.unflatten(2, shape)) for out, lse in parts]
+            return lse.new_zeros((*shape, storage.spec.v_head_dim)), lse
+        slots, hidden = self._remember(("tails", storage.index_key), _read_tails, storage)
+        k, v = (
+            x.unflatten(0, (len(self.q), -1)).transpose(1, 2)
+            for x in storage.gather_slots(layer, slots)
+        )
+        out, lse = self._product(self.q.flatten(2, 3), k, v, hidden)
+        return out.unflatten(2, self.q.shape[2:4]), lse.unflatten(2, self.q.shape[2:4])
 
     def _run(self, storage: KVReader, layer: int, run: Run) -> list[Partial]:
         """Of the R rows of ``run``: ``[R, Hkv, G, T, Dv]`` and ``[R, Hkv, G, T]``."""
@@ -220,7 +245,11 @@ class _Columns:
         for index in indices:
             gathered = storage.gather_blocks(layer, index)
             k, v = (x.flatten(0, 1).transpose(0, 1)[None] for x in gathered)
-            parts += self._products(q, k, v, hidden)
+            # One new token a row: threads may lack queries.
+            if hidden is None and self.q.shape[3] == 1 and self._is_fused(k, v):
+                parts += _in_pieces(q, k, v, self.scale, self.plan)
+            else:
+                parts.append(self._product(q, k, v, hidden))
         shape = (len(run.rows), *self.q.shape[2:4])
         return [
             (out[0].unflatten(1, shape).transpose(0, 1), lse[0].unflatten(1, shape).transpose(0, 1))
@@ -234,32 +263,20 @@ class _Columns:
             return slice(first, first + count)
         return self._remember((run.rows, storage.spec.device), _read_rows, storage, run)
 
-    def _products(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: _Hidden | None
-    ) -> list[Partial]:
-        """As :meth:`_product`, in as many pieces as keep all threads of a CPU busy."""
-        pieces = 1
-        if hidden is None and q.device.type == "cpu" and len(q) == self.q.shape[3] == 1:
-            pieces = _count_pieces(k.shape[1] * -(-q.shape[2] // QUERIES_AT_A_TIME), k.shape[2])
-        if pieces == 1:
-            return [self._product(q, k, v, hidden)]
-        k, v = _overlapping(k, pieces), _overlapping(v, pieces)
-        length, step = k.shape[2], k.stride(0) // k.stride(2)
-        again = self._remember(("again", pieces, length, step), _read_again, pieces, length, step)
-        out, lse = self._product(q.expand(pieces, -1, -1, -1), k, v, again)
-        return list(zip(out.split(1), lse.split(1), strict=True))
-
     def _product(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: _Hidden | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``q [X, H, M, D]`` attends to ``k [X, H, L, D]``, ``v [X, H, L, Dv]``: out and LSE."""
-        if q.device.type == "cpu" and self.softcap is None and k.shape[3] == v.shape[3]:
+        if self._is_fused(k, v):
             out, lse = _fused_product(q, k, v, self.scale, hidden)
         else:
             out, lse = _plain_product(q, k, v, self.scale, self.softcap, hidden)
         if hidden is not None and hidden.queries is not None:
             lse = lse.masked_fill(hidden.queries, -torch.inf)
         return out.to(lse.dtype), lse
+
+    def _is_fused(self, k: torch.Tensor, v: torch.Tensor) -> bool:
+        return _is_fused(self.q, k.shape[3], v.shape[3], self.softcap)
 
     def _sees(self, run: Run) -> bool:
         end = run.start + len(run.blocks) * self.plan.block_size
@@ -302,13 +319,9 @@ class _Columns:
         return self.plan.scratch[key]
 
 
-def _read_tails(
-    columns: _Columns, storage: KVReader
-) -> tuple[tuple[SlabIndex, ...], _Hidden | None]:
+def _read_tails(columns: _Columns, storage: KVReader) -> tuple[SlabIndex, _Hidden | None]:
     """Slots of the padded tails, B * L of them, and what their queries must not see."""
     plan, size, device = columns.plan, columns.plan.block_size, storage.spec.device
-    if plan.num_rows == plan.num_new == 1:
-        return _find_alone(plan, storage, columns.window), None
     width = plan.max_tail
     # Short tails repeat a written slot: an unwritten one may hold NaN, and 0 * NaN is NaN.
     written = next(blocks[0] for blocks in plan.tail_blocks if blocks)
@@ -325,20 +338,9 @@ def _read_tails(
         hidden |= keys[:, None, :] < columns.window.first_visible(queries)[:, :, None]
     index = storage.index_slots(slots)
     if not bool(hidden.any()):
-        return (index,), None
+        return index, None
     # A query sees itself, so only padding sees nothing, and that is blanked in the end.
-    return (index,), _Hidden(send(_for_groups(hidden, columns.q.shape[2]), device), None)
-
-
-def _find_alone(
-    plan: TreeAttentionPlan, storage: KVReader, window: Window | None
-) -> tuple[SlabIndex, ...]:
-    """What the only query of the only row sees."""
-    size, (end,), (blocks,) = plan.block_size, plan.lengths, plan.tail_blocks
-    first = 0 if window is None else max(0, window.first_visible(end - 1))
-    places = np.arange(first, end)
-    slots = np.array(blocks, np.int64).take(places // size) * size + places % size
-    return storage.index_stretches(slots, STRETCH_TOKENS, slots=True)
+    return index, _Hidden(send(_for_groups(hidden, columns.q.shape[2]), device), None)
 
 
 def _read_run(columns: _Columns, storage: KVReader, run: Run) -> _Hidden | None:

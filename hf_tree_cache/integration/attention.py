@@ -86,9 +86,10 @@ def tree_attention_forward(
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         causal_alone = _hides_later_tokens_only(key, attention_mask) and _has_fused_sdpa(query, key)
         plain = causal_alone and softcap is None and s_aux is None
-        window, obstacle = _find_obstacle(module, query, key, attention_mask, dropout, kwargs)
-        if key.source.step.fresh and (plain or not _may_begin_in_place(query, key, scale)):
-            obstacle = "no past"
+        found: tuple[Window | None, str | None] = (None, "no past")
+        if not key.source.step.fresh or (not plain and _may_begin_in_place(query, key, scale)):
+            found = _find_obstacle(module, query, key, attention_mask, dropout, kwargs)
+        window, obstacle = found
         if obstacle is None:
             out = _attend(query, key, scale, window, softcap, s_aux)
             return out.transpose(1, 2), None

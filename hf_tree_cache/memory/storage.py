@@ -389,7 +389,9 @@ class KVStorage:
         given = np.asarray(blocks, np.int64)
         return given if self.places is None else self.places.of(given)
 
-    def _slots_of(self, slots: Sequence[int] | torch.Tensor | npt.NDArray[np.int64]) -> Any:
+    def _slots_of(
+        self, slots: Sequence[int] | torch.Tensor | npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
         given = np.asarray(slots, np.int64)
         if self.places is None:
             return given
