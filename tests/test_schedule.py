@@ -406,6 +406,48 @@ def test_large_items_alone_fill_their_last_round(rows: int, items: int) -> None:
     assert work.num_large == work.num_work == items
 
 
+def new_slots(plan: TreeAttentionPlan, shadow: ShadowTree) -> set[tuple[int, int]]:
+    """Block and place of every new token."""
+    size, slots = plan.block_size, set()
+    for branch, count in zip(shadow.tree.rows, plan.counts, strict=True):
+        end = shadow.tree.length(branch)
+        for node in shadow.tree.path(branch):
+            for position in range(max(node.start, end - count), node.end):
+                block = node.blocks[position // size - node.start // size]
+                slots.add((block, position % size))
+    return slots
+
+
+def count_early(work: WorkList, plan: TreeAttentionPlan, shadow: ShadowTree) -> tuple[int, int]:
+    """Small items that are read before the kernel ahead has ended, and the others; all checked."""
+    new, size, tiles = new_slots(plan, shadow), plan.block_size, work.tiles
+    early = other = 0
+    for record, item in zip(work.items, read_items(work, size), strict=True):
+        if record[0] != SMALL or not record[7]:
+            other += record[0] == SMALL
+            continue
+        early += 1
+        assert item.tokens > 0
+        ahead = min(tiles.kv_small * (tiles.stages_small - 1), item.tokens * item.lanes)
+        loaded = {(int(item.blocks[i // size]), i % size) for i in range(ahead)}
+        assert not loaded & new
+    return early, other
+
+
+@seeds()
+def test_no_new_token_is_read_before_the_kernel_that_writes_it_has_ended(seed: int) -> None:
+    case = make_case(seed)
+    count_early(case.schedule(), case.plan, case.grown.shadow)
+
+
+@pytest.mark.parametrize(("private", "early"), [(100, 0), (127, 0), (128, 16), (250, 16)])
+def test_leaves_longer_than_what_is_loaded_ahead_are_read_early(private: int, early: int) -> None:
+    shadow, plan = branch_out(2_000, [private] * 16)
+    tiles = TABLE["sm_90", 2, 128].mixed
+    work = schedule(plan, tiles, group_size=4, num_kv_heads=8, num_sms=132)
+    assert count_early(work, plan, shadow) == (early, 16 - early)
+
+
 def branch_out(
     prompt: int, private: list[int], block_size: int = 16
 ) -> tuple[ShadowTree, TreeAttentionPlan]:

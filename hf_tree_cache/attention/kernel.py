@@ -36,6 +36,7 @@ def _work(
     p_part,
     p_part_lse,
     p_arrived,
+    p_sync,
     i_query,  # [M] row * T + column
     b_limit,  # [M] tokens that each may see
     b_lane,  # [KV] if there are lanes, the same of the leaf that a tile's token is of
@@ -49,6 +50,8 @@ def _work(
     lane_bits,
     num_tokens,
     num_new,
+    is_early,  # the kernel ahead is yet to be waited for
+    is_counted,  # merges wait until this program has started
     stride_qb,
     stride_qh,
     stride_qt,
@@ -75,6 +78,7 @@ def _work(
     PRECISION: tl.constexpr,
     MERGES: tl.constexpr,
     LANES: tl.constexpr,
+    LATE_Q: tl.constexpr,
 ):
     """Up to M // G queries, all heads of one group, over one run of blocks."""
     HQ: tl.constexpr = HKV * G
@@ -93,7 +97,10 @@ def _work(
     m_q = m_query[:, None]
     if DK != DKP:
         m_q = m_q & (o_dk < DK)[None, :]
-    b_q = tl.load(p_qs[:, None] + o_dk[None, :], mask=m_q, other=0.0)
+    p_qs = p_qs[:, None] + o_dk[None, :]
+    b_q = tl.zeros([M, DKP], p_q.dtype.element_ty)
+    if not LATE_Q:
+        b_q = tl.load(p_qs, mask=m_q, other=0.0)
     # At the end of its row, a query sees all up to itself. Padding of the tile sees everything: it
     # is never stored, but stays finite.
     if LANES > 1:
@@ -130,9 +137,10 @@ def _work(
     PIVOT: tl.constexpr = FIXED and (WINDOW == 0 or DKP != 128)
     b_max = tl.full([M], 0.0 if FIXED else float("-inf"), tl.float32)
     b_acc, b_max, b_sum = attend(
-        p_k, p_v, p_ids, b_q, b_id, b_id_v, b_max, b_limit, b_lower, b_left, b_end, lane_bits,
-        i_head, i_tile, num_full, num_tokens, v_list, qk_scale, cap_scale, HKV, DK, DV, DKP, DVP, S,
-        M, KV, STAGES, PEEL, WINDOW, FIXED, PIVOT, SOFTCAP, SPLIT_LIST, PRECISION, LANES,
+        p_k, p_v, p_ids, b_q, p_qs, m_q, p_sync, is_early, is_counted, b_id, b_id_v, b_max, b_limit,
+        b_lower, b_left, b_end, lane_bits, i_head, i_tile, num_full, num_tokens, v_list, qk_scale,
+        cap_scale, HKV, DK, DV, DKP, DVP, S, M, KV, STAGES, PEEL, WINDOW, FIXED, PIVOT, SOFTCAP,
+        SPLIT_LIST, PRECISION, LANES, LATE_Q,
     )  # fmt: skip
     if FIXED:
         # Nothing waited for a running maximum, and no sum was scaled. Where the powers left
@@ -155,9 +163,10 @@ def _work(
             )  # fmt: skip
             b_max = tl.where(m_sees & ~m_sound, b_top, b_max)
             b_acc, b_max, b_sum = attend(
-                p_k, p_v, p_few, b_q, b_few, b_few_v, b_max, b_limit, b_lower, b_left, b_end, 0,
-                i_head, 0, 0, num_tokens, v_list, qk_scale, cap_scale, HKV, DK, DV, DKP, DVP, S, M,
-                FEW, 1, False, WINDOW, True, False, SOFTCAP, SPLIT_LIST, PRECISION, 1,
+                p_k, p_v, p_few, b_q, p_qs, m_q, p_sync, is_early, is_counted, b_few, b_few_v,
+                b_max, b_limit, b_lower, b_left, b_end, 0, i_head, 0, 0, num_tokens, v_list,
+                qk_scale, cap_scale, HKV, DK, DV, DKP, DVP, S, M, FEW, 1, False, WINDOW, True,
+                False, SOFTCAP, SPLIT_LIST, PRECISION, 1, False,
             )  # fmt: skip
 
     m_out = m_query[:, None] & (o_dv < DV)[None, :]
@@ -280,33 +289,45 @@ def tree_attention_kernel(
         i_query_large = tl.load(p_record + 8 + i_large)
         b_limit_large = tl.load(p_limits + i_large)
         b_id_large = tl.load(p_first + tl.arange(0, KV_LARGE) // S)
-    if OVERLAP:
-        # Work lists are older; queries and new K and V are not.
-        gdc_wait()
-        gdc_launch_dependents()
+    # Work lists are older than the kernel ahead; queries and new K and V are not. Small items ask
+    # for old K and V before they wait, where registers suffice for queries that come that late.
+    LATE_Q: tl.constexpr = (
+        OVERLAP and SMALL and LARGE and FIXED and WINDOW == 0 and DK == DKP and DKP <= 128
+    )
+    is_early = False
+    if LATE_Q:
+        is_early = (kind == 0) & (tl.load(p_record + 7) > 0)
+    is_counted = False
+    if MERGES:
+        is_counted = (kind < 2) & (num_work < num_items)
+    if not is_early:
+        if OVERLAP:
+            gdc_wait()
+            gdc_launch_dependents()
+        if MERGES:
+            if is_counted & (i_item < num_items):
+                tl.atomic_add(p_sync, 1, sem="relaxed")
     if i_item < num_items:
-        if MERGES and kind < 2 and num_work < num_items:
-            tl.atomic_add(p_sync, 1, sem="relaxed")
         if SMALL and kind == 0:
             # In lines that were read above.
             lane_bits = tl.load(p_record + 6)
             b_lane = tl.load(p_limits + tl.arange(0, KV_SMALL) // S % LANES)
             _work(
                 p_q, p_k, p_v, p_out, p_lse, p_sinks, p_list, p_lengths, p_part, p_part_lse,
-                p_arrived, i_query_small, b_limit_small, b_lane, b_id_small, i_head, i_list, start,
-                num_queries, i_slot, num_full, lane_bits, num_tokens, num_new, stride_qb,
-                stride_qh, stride_qt, v_list, qk_scale, cap_scale, window, HKV, G, DK, DV, DKP, DVP,
-                S, M_SMALL, KV_SMALL, STAGES_SMALL, False, WINDOW, False, SOFTCAP, SINKS,
-                SPLIT_LIST, PRECISION, MERGES, LANES,
+                p_arrived, p_sync, i_query_small, b_limit_small, b_lane, b_id_small, i_head, i_list,
+                start, num_queries, i_slot, num_full, lane_bits, num_tokens, num_new, is_early,
+                is_counted, stride_qb, stride_qh, stride_qt, v_list, qk_scale, cap_scale, window,
+                HKV, G, DK, DV, DKP, DVP, S, M_SMALL, KV_SMALL, STAGES_SMALL, False, WINDOW, False,
+                SOFTCAP, SINKS, SPLIT_LIST, PRECISION, MERGES, LANES, LATE_Q,
             )  # fmt: skip
         elif LARGE and kind == 1:
             _work(
                 p_q, p_k, p_v, p_out, p_lse, p_sinks, p_list, p_lengths, p_part, p_part_lse,
-                p_arrived, i_query_large, b_limit_large, b_limit_large, b_id_large, i_head, i_list,
-                start, num_queries, i_slot, num_full, 0, num_tokens, num_new, stride_qb, stride_qh,
-                stride_qt, v_list, qk_scale, cap_scale, window, HKV, G, DK, DV, DKP, DVP, S,
-                M_LARGE, KV_LARGE, STAGES_LARGE, PEEL, WINDOW, FIXED, SOFTCAP, SINKS, SPLIT_LIST,
-                PRECISION, MERGES, 1,
+                p_arrived, p_sync, i_query_large, b_limit_large, b_limit_large, b_id_large, i_head,
+                i_list, start, num_queries, i_slot, num_full, 0, num_tokens, num_new, False, False,
+                stride_qb, stride_qh, stride_qt, v_list, qk_scale, cap_scale, window, HKV, G, DK,
+                DV, DKP, DVP, S, M_LARGE, KV_LARGE, STAGES_LARGE, PEEL, WINDOW, FIXED, SOFTCAP,
+                SINKS, SPLIT_LIST, PRECISION, MERGES, 1, False,
             )  # fmt: skip
         elif MERGES and kind == 2:
             # Waiting is safe once all work has started: it never waits, so it will end. A merge

@@ -29,8 +29,9 @@ from .tiles import Tiles
 
 FIELDS = 8
 """Head of a record: kind, place in the list, position of the first token, queries, first slot of
-its parts or -1, tokens that all its queries see, log2 of the leaves that take turns. Then follow
-the queries (row * T + column), what each may see of the item (tokens), and the first block numbers.
+its parts or -1, tokens that all its queries see, log2 of the leaves that take turns, and whether
+the tokens of the small loop's first steps, which are loaded ahead, are all old. Then follow the
+queries (row * T + column), what each may see of the item (tokens), and the first block numbers.
 """
 
 SMALL, LARGE, MERGE = 0, 1, 2
@@ -362,7 +363,11 @@ def _work_list(
     work[:, 3] = counts
     work[:, 4] = np.where(parted, first_slot, -1)
     if len(order) and not tiles.deterministic:
-        work[:, 5] = np.minimum.reduceat(items.full.take(member), counts.cumsum() - counts)
+        firsts = counts.cumsum() - counts
+        work[:, 5] = np.minimum.reduceat(items.full.take(member), firsts)
+        old = plan.ends.take(query // plan.num_new) - plan.num_new - items.begin.take(member)
+        ahead = tiles.kv_small * (tiles.stages_small - 1) // lanes
+        work[:, 7] = np.minimum.reduceat(old, firsts) >= np.minimum(items.tokens.take(order), ahead)
     work[:, 6] = np.log2(lanes)
     at, limits = item * records.shape[1] + (place + FIELDS), items.limit.take(member)
     records.put(at, query)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -77,7 +78,12 @@ def attend(
     p_k,
     p_v,
     p_ids,  # [KV] where a tile's block numbers are
-    b_q,  # [M, DK]
+    b_q,  # [M, DK], or read in the first step
+    p_qs,  # [M, DK] where it is
+    m_q,
+    p_started,  # programs that started
+    is_early,  # the first step waits for the kernel ahead
+    is_counted,  # and counts this program
     b_id,  # [KV] first block numbers
     b_id_v,
     b_max,  # [M] to begin with, or the pivot
@@ -110,6 +116,7 @@ def attend(
     SPLIT_LIST: tl.constexpr,
     PRECISION: tl.constexpr,
     LANES: tl.constexpr,
+    LATE_Q: tl.constexpr,  # queries are read once the first steps' K and V are on their way
 ):
     """Softmax over a run of blocks: sums of values [M, DV], maximum [M], sum of weights [M]."""
     PER_TILE: tl.constexpr = KV // S if KV > S else 1  # blocks of a tile
@@ -181,6 +188,13 @@ def attend(
         b_v = tl.load(p_v + (o_bv[:, None] + o_v), mask=m_v, other=0.0)
         if WINDOW != 0:
             m_seen = m_seen & (o_token[None, :] >= b_lower[:, None])
+        if LATE_Q and t == i_first:
+            if is_early:
+                gdc_wait()
+                gdc_launch_dependents()
+                if is_counted:
+                    tl.atomic_add(p_started, 1, sem="relaxed")
+            b_q = tl.load(p_qs, mask=m_q, other=0.0)
         b_acc, b_max, b_sum, b_norm = _accumulate(
             b_q, b_k, b_v, b_acc, b_max, b_sum, b_norm, b_ones, m_seen, t == i_first, qk_scale,
             cap_scale, True, WINDOW != 0, FIXED, PIVOT, ROUNDED, SOFTCAP, PRECISION,
