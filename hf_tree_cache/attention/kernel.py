@@ -146,7 +146,8 @@ def _work(
         # Nothing waited for a running maximum, and no sum was scaled. Where the powers left
         # float32, once more around the true maximum.
         m_sound = (b_sum > 2.0**-64) & (b_sum < 2.0**64)
-        m_sound = m_sound & (tl.max(tl.abs(b_acc), 1) < float("inf"))
+        b_peak = tl.max(tl.abs(b_acc), 1)
+        m_sound = m_sound & (b_peak < 2.0**126)
         b_first = tl.maximum(b_lower, 0) if WINDOW != 0 else b_lower * 0
         m_sees = m_query & (tl.minimum(b_limit, num_tokens) > b_first)
         if tl.max((m_sees & ~m_sound).to(tl.int32), 0) > 0:
@@ -168,6 +169,7 @@ def _work(
                 qk_scale, cap_scale, HKV, DK, DV, DKP, DVP, S, M, FEW, 1, False, WINDOW, True,
                 False, SOFTCAP, SPLIT_LIST, PRECISION, 1, False,
             )  # fmt: skip
+            b_peak = tl.max(tl.abs(b_acc), 1)
 
     m_out = m_query[:, None] & (o_dv < DV)[None, :]
     # Without parts for a merge, the item is all that its queries see.
@@ -185,17 +187,18 @@ def _work(
         tl.store(p_out + (o_out[:, None] * DV + o_dv[None, :]), b_o, mask=m_out)
         tl.store(p_lse + o_out, b_lse, mask=m_query)
     else:
-        b_part = b_acc * tl.where(b_sum > 0, 1.0 / b_sum, 0.0)[:, None]
         b_lse = tl.where(b_sum > 0, b_max + tl.math.log2(b_sum), float("-inf"))
+        b_scale = tl.where(b_sum > 0, 1.0 / b_sum, 0.0)
         o_part = (i_slot + i_member).to(tl.int64) * HQ + o_head
+        tl.store(p_part_lse + o_part * 2, b_lse, mask=m_query)
         if p_part.dtype.element_ty == tl.float16:
             # Any bfloat16 fits in float16 once its row's largest is 1.
-            b_scale = tl.max(tl.abs(b_part), 1)
-            b_part = b_part * tl.where(b_scale > 0, 1.0 / b_scale, 0.0)[:, None]
-            tl.store(p_part_lse + o_part * 2 + 1, b_scale, mask=m_query)
-        p_parts = p_part + (o_part[:, None] * DV + o_dv[None, :])
-        tl.store(p_parts, b_part.to(p_part.dtype.element_ty), mask=m_out)
-        tl.store(p_part_lse + o_part * 2, b_lse, mask=m_query)
+            if not FIXED:
+                b_peak = tl.max(tl.abs(b_acc), 1)
+            tl.store(p_part_lse + o_part * 2 + 1, b_peak * b_scale, mask=m_query)
+            b_scale = tl.where(b_peak > 2.0**-126, 1.0 / b_peak, 0.0)
+        b_part = (b_acc * b_scale[:, None]).to(p_part.dtype.element_ty)
+        tl.store(p_part + (o_part[:, None] * DV + o_dv[None, :]), b_part, mask=m_out)
         # Every thread's stores come before the release below.
         tl.debug_barrier()
         m_first = m_query & (o_m % G == 0)
