@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -361,11 +362,17 @@ class Eager:
         pass
 
 
+def pickled(model: Any) -> Any:
+    """As it gets to another process."""
+    return pickle.loads(pickle.dumps(model))
+
+
 @pytest.mark.core
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
 @pytest.mark.parametrize("around", ["the model", "a module", "a PEFT model"])
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
-def test_a_deep_copy_runs_by_itself(
-    name: str, around: str, monkeypatch: pytest.MonkeyPatch
+def test_a_copy_runs_by_itself(
+    name: str, around: str, duplicate: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As reference models of training and moving averages of weights are made."""
     monkeypatch.setattr(enable, "_make_graphs", lambda *arguments: Eager())
@@ -378,7 +385,7 @@ def test_a_deep_copy_runs_by_itself(
     before = dict(vars(first))
     handle = enable_tree_attention(first)
     attached = set(vars(first))
-    second = copy.deepcopy(whole)
+    second = duplicate(whole)
     second = second[0] if around == "a module" else enable.base_of(second)
     assert set(vars(first)) == attached and set(vars(second)) == set(before)
     assert enable.is_enabled(first) and not enable.is_enabled(second)
@@ -392,6 +399,8 @@ def test_a_deep_copy_runs_by_itself(
     cache = TreeCache(poison=True)
     ours = generate(first, inputs, past_key_values=cache)
     assert not cache.dense_reads
+    with pytest.raises(TypeError, match="Pickle the model"):
+        pickle.dumps(handle)
     handle.disable()
     assert set(vars(first)) == set(before)
     assert_same(ours, generate(first, inputs))

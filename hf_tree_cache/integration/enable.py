@@ -112,6 +112,7 @@ ATTACHED = (
     "_prepare_cache_for_generation",
     "_optimize_model_for_decode",
     "__deepcopy__",
+    "__reduce_ex__",
     "init_continuous_batching",
     "forward",
 )
@@ -159,6 +160,7 @@ class EnabledTreeAttention:
         self._late_ends = LateEnds(model, hooks.last_cache)
         stop_strings.hand_tokenizer_on(model)
         vars(model)["__deepcopy__"] = self._copy
+        vars(model)["__reduce_ex__"] = self._reduce
         if any(config._attn_implementation_internal == NAME for config in _configs(model)):
             # generate_batch begins with it.
             model.init_continuous_batching = _refuse_continuous_batching
@@ -188,6 +190,17 @@ class EnabledTreeAttention:
             return copy.deepcopy(self._model, memo)
         finally:
             self._attach()
+
+    def _reduce(self, protocol: Any) -> Any:
+        """So is what is pickled: a copy around the same tensors."""
+        tensors = (*self._model.parameters(), *self._model.buffers())
+        return self._copy({id(tensor): tensor for tensor in tensors}).__reduce_ex__(protocol)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "What enable_tree_attention returned cannot be pickled or copied. Pickle the model, "
+            "and enable it where it is loaded."
+        )
 
     def __enter__(self) -> EnabledTreeAttention:
         return self
