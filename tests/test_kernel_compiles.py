@@ -317,7 +317,7 @@ def test_on_an_h200_three_programs_of_a_mixed_list_share_an_sm(
     facts = compile_for(variant, monkeypatch, tmp_path)
     # All loads of K and V are cp.async: two stages of 32 KB each for the small class, and queries.
     # Where small items read those in their first step, they stay in registers.
-    shared = 71_168 if VERSION < (3, 7) else 73_216
+    shared = 71_168
     assert (facts.programs, facts.shared, facts.async_copies) == (3, shared, 96)
 
 

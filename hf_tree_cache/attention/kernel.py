@@ -263,7 +263,6 @@ def tree_attention_kernel(
     SPLIT_LIST: tl.constexpr,
     PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,  # the kernel ahead may still run, see :mod:`..overlap`
-    EARLY: tl.constexpr,  # and old K and V may be asked for before it is waited for
 ):
     i_program = tl.program_id(0)
     if REVERSED:
@@ -296,7 +295,7 @@ def tree_attention_kernel(
     # Work lists are older than the kernel ahead; queries and new K and V are not. Small items ask
     # for old K and V before they wait, where registers suffice for queries that come that late.
     LATE_Q: tl.constexpr = (
-        EARLY and SMALL and LARGE and FIXED and WINDOW == 0 and DK == DKP and DKP <= 128
+        OVERLAP and SMALL and LARGE and FIXED and WINDOW == 0 and DK == DKP and DKP <= 128
     )
     is_early = False
     if LATE_Q:

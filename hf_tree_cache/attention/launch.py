@@ -264,8 +264,6 @@ class Workspace:
             SPLIT_LIST=spec.k_head_dim != spec.v_head_dim,
             PRECISION=self._precision,
             OVERLAP=self.overlap,
-            # Triton 3.9 copies no K and V ahead where a loop's first step reads queries.
-            EARLY=self.overlap and _triton_version() < (3, 7),
             **launch_options(self.overlap),
             **tiles.options(_arch(spec.device)),
         )
