@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -45,6 +46,7 @@ def main() -> None:
         run(compile)
     in_half_precision()
     where_layers_read_what_others_keep()
+    in_two_threads()
 
 
 def run(compile: bool) -> None:
@@ -144,6 +146,23 @@ def where_layers_read_what_others_keep() -> None:
     assert ours.sequences.tolist() == dense.sequences.tolist()
     error = (torch.stack(ours.logits) - torch.stack(dense.logits)).abs().max()
     assert error < 1e-5, error
+
+
+def in_two_threads() -> None:
+    """One computes as ever while the model of the other has kernels of ours in it."""
+    torch.manual_seed(0)
+    model = tiny(LlamaConfig, LlamaForCausalLM, num_hidden_layers=2).half()
+    prompts = [torch.tensor([[3, 5, 9], [4, 4, 1]]), torch.tensor([[7, 2, 8, 1]])]
+
+    def tokens(ids: torch.Tensor) -> list[list[int]]:
+        cache = TreeCache(poison=True, block_size=4)
+        return model.generate(ids, past_key_values=cache, max_new_tokens=7).tolist()
+
+    with enable_tree_attention(model, cuda_graphs=True) as handle:
+        want = [tokens(ids) for ids in prompts]
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            assert list(pool.map(tokens, prompts)) == want
+        assert not handle.graphs.eager, handle.graphs
 
 
 def tiny(config: type[PretrainedConfig], kind: type[PreTrainedModel], **options: Any) -> Any:

@@ -330,17 +330,17 @@ class Frontier:
         else:
             assert isinstance(tokens, list)
             prepared = self._prepare(lengths, counts, tokens, keep_all)
-        with self.cache.lending_outputs():  # copied below
-            outputs = self.model(**prepared, return_dict=True)
+        with self.cache.lending_outputs():
+            logits = self.model(**prepared, return_dict=True).logits
+            if keep_all:
+                ends = [row[-count:] for row, count in zip(logits, counts, strict=True)]
+                kept = [end.to(copy=True, dtype=torch.float32) for end in ends]
+            else:
+                kept = logits[:, -1:].to(copy=True, dtype=torch.float32)
         self.stats.forwards += 1
         self.stats.tokens_computed += sum(counts)
         self.stats.peak_kv_bytes = max(self.stats.peak_kv_bytes, self.cache.kv_bytes)
-        if not keep_all:
-            return outputs.logits[:, -1:].to(copy=True, dtype=torch.float32)
-        return [
-            row[-count:].to(copy=True, dtype=torch.float32)
-            for row, count in zip(outputs.logits, counts, strict=True)
-        ]
+        return kept
 
     def _step(
         self, lengths: list[int], tokens: list[list[int]] | torch.Tensor

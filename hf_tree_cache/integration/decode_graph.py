@@ -159,7 +159,7 @@ class DecodeGraphs:
     the next is captured, and all others are replays. Before a first capture two more warm-ups are
     recorded operator by operator: only a forward that does the same twice is captured. Graphs are
     dropped when weights move or when a buffer has to grow; a cache that lies elsewhere gets its
-    own.
+    own. One step at a time, on one stream: whoever calls :meth:`run` sees to that.
 
     Args:
         compile: compile the decoder layers for what is captured.
@@ -181,6 +181,7 @@ class DecodeGraphs:
         self._programs: dict[Call, _Program] = {}
         self._fingerprint: Hashable = None
         self._place: _Place | None = None
+        self._lent: weakref.ref[TreeCache] | None = None  # whose step has the last output
         self._stream: torch.cuda.Stream | None = None
         self._devices = ("cuda", "cpu") if knobs.runtime.interpret else ("cuda",)
 
@@ -214,6 +215,9 @@ class DecodeGraphs:
     def _run(
         self, forward: Callable[..., Any], cache: TreeCache, step: Step, kwargs: dict[str, Any]
     ) -> Any:
+        lent = None if self._lent is None else self._lent()
+        if lent is not None and lent is not cache and lent.lends_outputs:
+            raise NotCapturable("another tree_generate has yet to read its last step")
         rows = len(step.counts)
         bucket = bucket_of(rows)
         place = self._look_at(cache)
@@ -257,6 +261,7 @@ class DecodeGraphs:
                     static.advanced()
                     self.stats.replayed += 1
                     copy = not cache.lends_outputs
+                    self._lent = None if copy else weakref.ref(cache)
                     output = outward(graph.output, bucket, rows, cache, copy=copy)
                 else:
                     output = self._warm_up(decode, kind, program, bucket)

@@ -7,6 +7,7 @@ import functools
 import inspect
 import os
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from types import TracebackType
@@ -61,7 +62,8 @@ def enable_tree_attention(
     - On a CUDA GPU, decode steps are replayed from CUDA graphs where the model allows it.
     - While it decodes there, sparse experts in bfloat16 keep their grouped products.
     - A cache that was filled under other PEFT adapters is refused.
-    - A deep copy of it is a model by itself, which is not enabled.
+    - A deep copy of it, or what was pickled, is a model by itself, which is not enabled.
+    - Threads may call it at the same time, each with caches of its own, on one CUDA stream.
 
     Models that do not use transformers' attention interface (bloom, falcon, gptj, ...) keep their
     own attention, whose products read the blocks in place; the rest of the above holds for them
@@ -256,13 +258,18 @@ def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 def _with_graphs(forward: Callable[..., Any], graphs: DecodeGraphs) -> Callable[..., Any]:
+    # All steps go through the same buffers, and while one is captured the model computes in ways
+    # that are for that step alone.
+    turn = threading.RLock()
+
     @functools.wraps(forward)
     def decode(*args: Any, **kwargs: Any) -> Any:
         # A compiler that looks into the model sees its plain forward.
-        if args or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return forward(*args, **kwargs)
-        output = graphs.run(forward, kwargs)
-        return forward(**kwargs) if output is None else output
+        with turn:
+            output = None if args else graphs.run(forward, kwargs)
+            return forward(*args, **kwargs) if output is None else output
 
     return decode
 
@@ -336,8 +343,8 @@ def _source(module_name: str) -> str:
         return ""
 
 
-class _Hooks:
-    """The pair of hooks around a model's forward."""
+class _Hooks(threading.local):
+    """The pair of hooks around a model's forward. Each thread has forwards of its own."""
 
     def __init__(self) -> None:
         self._last: weakref.ref[TreeCache] | None = None

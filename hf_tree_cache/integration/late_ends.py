@@ -8,6 +8,7 @@ back; here TreeCaches get the same on other devices that work ahead, wherever no
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -43,7 +44,7 @@ class LateEnds:
     def __init__(self, model: PreTrainedModel, cache: Callable[[], TreeCache | None]) -> None:
         self._model = model
         self._cache = cache
-        self._foreign: dict[str, bool] = {}
+        self._foreign = _Foreign()
         # Transformers' own helpers, which may go.
         if hasattr(stock, "DeferredStopCheck") and all(hasattr(model, m) for m in METHODS):
             for method, names in METHODS.items():
@@ -63,7 +64,7 @@ class LateEnds:
             and cache is self._cache()
             and not cache.is_bounded
             and not cache.has_states
-            and not any(self._foreign.values())
+            and not any(vars(self._foreign).values())
             and _num_processes() == 1
         )
 
@@ -72,10 +73,14 @@ class LateEnds:
 
         @functools.wraps(prepare)
         def watch(*args: Any, **kwargs: Any) -> Any:
-            self._foreign[method] = bool(args) or any(kwargs.get(name) for name in names)
+            vars(self._foreign)[method] = bool(args) or any(map(kwargs.get, names))
             return prepare(*args, **kwargs)
 
         return watch
+
+
+class _Foreign(threading.local):
+    """By method, whether the thread's last ``generate`` came with code of its caller."""
 
 
 def _install(late: LateEnds) -> None:

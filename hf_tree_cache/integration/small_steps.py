@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import ModuleType
@@ -56,9 +57,10 @@ class SmallSteps:
         names = dict.fromkeys(type(part).__module__ for part in parts)
         files = [sys.modules[name] for name in names if name in sys.modules and name not in kept]
         self.rotaries = [
-            (file, getattr(file, ROTARY), fused)
+            (file, theirs, fused)
             for file in files
-            if device is not None and (fused := self._fuse_rotary(file, device)) is not None
+            if device is not None and (theirs := _own_rotary(file)) is not None
+            if (fused := self._fuse_rotary(theirs, device)) is not None
         ]
 
     @contextmanager
@@ -66,8 +68,8 @@ class SmallSteps:
         """Within, they take one launch each; what may wait does so in what this yields."""
         for module, fused in self.norms:
             module.forward = fused
-        for file, _, rotary in self.rotaries:
-            setattr(file, ROTARY, rotary)
+        for file, theirs, rotary in self.rotaries:
+            setattr(file, ROTARY, _InThisThread(rotary, theirs))
         # Compiled functions would not run under a mode.
         self._pending = Pending(self._sizes) if self._sizes else None
         try:
@@ -145,11 +147,10 @@ class SmallSteps:
         same = agree(module, fused, trial.double(), within=WITHIN) and agree(module, fused, trial)
         return fused if same else None
 
-    def _fuse_rotary(self, file: ModuleType, device: torch.device) -> Callable[..., object] | None:
-        """One launch that does what the file's rotary embedding does; None if there is none."""
-        theirs = getattr(file, ROTARY, None)
-        if theirs is None:
-            return None
+    def _fuse_rotary(
+        self, theirs: Callable[..., Any], device: torch.device
+    ) -> Callable[..., object] | None:
+        """One launch that does what a file's rotary embedding does; None if there is none."""
         like = torch.empty(0, dtype=HALF[0], device=device)
         q, k = (made_up(TRIAL_ROWS, heads, 1, TRIAL_SIZE, like=like) for heads in (2, 1))
         turn = _find_turn(theirs, lambda turn: make_rotary(theirs, turn=turn), q, k)
@@ -159,6 +160,24 @@ class SmallSteps:
             _either_way(theirs), lambda turn: _either_way(make_rotary_of_one(theirs, turn=turn)), q
         )
         return None if turn is None else make_rotary_of_one(theirs, self._rotate, turn)
+
+
+class _InThisThread:
+    """``ours`` where it was made; other threads, which share the file, get ``theirs``."""
+
+    def __init__(self, ours: Callable[..., Any], theirs: Callable[..., Any]) -> None:
+        self._ours, self.theirs = ours, theirs
+        self._thread = threading.get_ident()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        is_here = threading.get_ident() == self._thread
+        return (self._ours if is_here else self.theirs)(*args, **kwargs)
+
+
+def _own_rotary(file: ModuleType) -> Callable[..., Any] | None:
+    """The file's own, also while another thread captures a step."""
+    found: Any = getattr(file, ROTARY, None)
+    return found.theirs if isinstance(found, _InThisThread) else found
 
 
 def _find_turn(
