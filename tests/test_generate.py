@@ -750,6 +750,15 @@ def test_only_models_of_transformers_can_be_enabled() -> None:
         enable_tree_attention(torch.nn.Linear(2, 2))
 
 
+def test_a_class_in_the_place_of_a_cache_is_refused() -> None:
+    llama, inputs = model("llama"), prompts()
+    with enable_tree_attention(llama):
+        for call in (llama.generate, llama):
+            with pytest.raises(InvalidArgument, match=r"pass an object, .*TreeCache\(\)\."):
+                call(**inputs, **{CACHE: TreeCache})
+    assert "_prepare_cache_for_generation" not in vars(llama)
+
+
 @pytest.mark.parametrize(
     "options", [{"do_sample": True}, {"do_sample": False, "num_beams": 3}], ids=["sample", "beams"]
 )

@@ -152,11 +152,11 @@ class EnabledTreeAttention:
         self._previous = [(c, c._attn_implementation_internal) for c in _configs(model)]
         _set_implementation(model)
         self._deferred = latent.defer_expansions(model)
-        if self._replaces_cache:
-            model._prepare_cache_for_generation = _with_tree_cache(model)
+        if self._replaces_cache or hasattr(model, "_prepare_cache_for_generation"):
+            model._prepare_cache_for_generation = _with_tree_cache(model, self._replaces_cache)
         if self._graphs is not None:
             model.forward = _with_graphs(model.forward, self._graphs)
-        # Transformers' own helper, which may go.
+        # Transformers' own helpers may go, this one and the one above.
         if hasattr(model, "_optimize_model_for_decode"):
             model._optimize_model_for_decode = with_grouped_experts(model, hooks.num_rows)
         self._late_ends = LateEnds(model, hooks.last_cache)
@@ -274,20 +274,27 @@ def _with_graphs(forward: Callable[..., Any], graphs: DecodeGraphs) -> Callable[
     return decode
 
 
-def _with_tree_cache(model: PreTrainedModel) -> Callable[..., Any]:
-    """``generate``'s choice of a cache, but a TreeCache where it makes a plain default one."""
+def _with_tree_cache(model: PreTrainedModel, replaces: bool) -> Callable[..., Any]:
+    """``generate``'s choice of a cache, but a TreeCache if it ``replaces`` a plain default one."""
     prepare = model._prepare_cache_for_generation
 
     def choose(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any):
         given = model_kwargs.get(CACHE)
+        _refuse_class("generate", CACHE, given)
         result = prepare(generation_config, model_kwargs, *args, **kwargs)
         made: Any = model_kwargs.get(CACHE)
         plain = type(made) is DynamicCache and not made.offloading
-        if given is None and plain and not generation_config.is_assistant:
+        if replaces and given is None and plain and not generation_config.is_assistant:
             model_kwargs[CACHE] = TreeCache()
         return result
 
     return choose
+
+
+def _refuse_class(call: str, name: str, given: Any) -> None:
+    if isinstance(given, type):
+        said = f"{name}={given.__name__}"
+        raise InvalidArgument(f"{call}({said}): that is a class; pass an object, {said}().")
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:
@@ -358,7 +365,9 @@ class _Hooks(threading.local):
             names = inspect.signature(model.forward).parameters
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         kwargs = stop_strings.drop_tokenizer(model, kwargs)
-        cache: Any = kwargs.get(cache_name(kwargs))
+        name = cache_name(kwargs)
+        cache: Any = kwargs.get(name)
+        _refuse_class(type(model).__name__, name, cache)
         if isinstance(cache, EncoderDecoderCache):
             inner = cache.self_attention_cache
             if isinstance(inner, TreeCache):
