@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -128,6 +130,23 @@ def test_where_steps_are_captured_forwards_take_turns(monkeypatch: pytest.Monkey
     with enable_tree_attention(model):
         assert at_once(calls) == want
     assert max(most) == 1
+
+
+def test_steps_of_others_leave_alone_what_has_yet_to_be_read() -> None:
+    decode_graph = pytest.importorskip("hf_tree_cache.integration.decode_graph")
+    graphs = decode_graph.DecodeGraphs(build("llama").eval())
+    reader, other = TreeCache(), TreeCache()
+    graphs._lent = weakref.ref(reader)
+
+    def step(cache: TreeCache) -> str:
+        with pytest.raises(decode_graph.NotCapturable) as refusal:
+            graphs._run(None, cache, SimpleNamespace(counts=[1]), {})
+        return str(refusal.value)
+
+    # All ask for gradients, which is refused after that.
+    with reader.lending_outputs():
+        assert "yet to read" in step(other) and "gradients" in step(reader)
+    assert "gradients" in step(other)
 
 
 def test_a_rotation_of_ours_is_for_the_thread_that_captures() -> None:
