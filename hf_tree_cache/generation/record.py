@@ -22,57 +22,14 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-from hf_tree_cache.errors import InvalidArgument
-from hf_tree_cache.generation import view_html, view_text
-from hf_tree_cache.generation.view_parts import Decoder
-
-NodeState = Literal["alive", "forked", "finished", "pruned"]
-
-_FORMAT = "hf_tree_cache.generation_tree"
-_VERSION = 1
-_STATES = frozenset(get_args(NodeState))
-_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-
-
-@dataclass(slots=True)
-class GenerationNode:
-    """A run of tokens shared by one set of branches.
-
-    Attributes:
-        id: Index of the node in `GenerationTree.nodes`.
-        parent: Id of the node that holds the tokens before this one's, None for a root.
-        prompt: Index of the prompt that the node descends from.
-        tokens: Token ids.
-        logprobs: Log-prob of each token when it was chosen; empty for a prompt node.
-        state: "alive" while it grows, "forked" once other nodes continue it, else how it ended.
-        reason: Why it was forked, finished or pruned.
-        start: Position of its first token in the sequence, prompt included.
-        children: Ids of the nodes that continue it, the continuing branch first.
-    """
-
-    id: int
-    parent: int | None
-    prompt: int
-    tokens: list[int]
-    logprobs: list[float]
-    state: NodeState
-    reason: str | None
-    start: int
-    children: list[int] = field(default_factory=list)
-
-    @property
-    def end(self) -> int:
-        """Position after its last token."""
-        return self.start + len(self.tokens)
-
-    @property
-    def is_prompt(self) -> bool:
-        """Whether its tokens were given, not generated."""
-        return self.parent is None or len(self.tokens) > len(self.logprobs)
+from ..errors import InvalidArgument
+from . import formats, view_html, view_text
+from .node import STATES, GenerationNode, NodeState
+from .view_parts import Decoder
 
 
 class GenerationTree:
@@ -284,7 +241,7 @@ class GenerationTree:
 
     def leaves(self, state: NodeState | None = None) -> list[int]:
         """Ids of the branch ends in depth-first order, all of them or those in one state."""
-        if state == "forked" or (state is not None and state not in _STATES):
+        if state == "forked" or (state is not None and state not in STATES):
             raise InvalidArgument(
                 f"GenerationTree.leaves(state={state!r}): a leaf is 'alive', 'finished' or "
                 "'pruned'. Pass one of these, or None for all leaves."
@@ -376,24 +333,7 @@ class GenerationTree:
 
         Log-probs that are not finite, which JSON lacks, become "nan", "inf" or "-inf".
         """
-        return {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "nodes": [
-                {
-                    "id": node.id,
-                    "parent": node.parent,
-                    "prompt": node.prompt,
-                    "tokens": list(node.tokens),
-                    "logprobs": [x if math.isfinite(x) else str(float(x)) for x in node.logprobs],
-                    "state": node.state,
-                    "reason": node.reason,
-                    "start": node.start,
-                    "children": list(node.children),
-                }
-                for node in self.nodes
-            ],
-        }
+        return formats.encode(self.nodes)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], tokenizer: Decoder | None = None) -> GenerationTree:
@@ -402,22 +342,8 @@ class GenerationTree:
         Raises:
             InvalidArgument: Another format or version, or nodes that are no tree.
         """
-        found = data if isinstance(data, Mapping) else {}
-        if found.get("format") != _FORMAT or found.get("version") != _VERSION:
-            raise InvalidArgument(
-                "GenerationTree.from_dict: expected a mapping with "
-                f"format={_FORMAT!r} and version={_VERSION}, found {type(data).__name__} with "
-                f"format={found.get('format')!r} and version={found.get('version')!r}. Pass what "
-                "to_dict or to_json of this version of hf_tree_cache wrote."
-            )
-        nodes = found.get("nodes")
-        if not isinstance(nodes, list):
-            raise InvalidArgument(
-                f"GenerationTree.from_dict: 'nodes' is {type(nodes).__name__}, expected a list of "
-                "nodes as written by to_dict."
-            )
         tree = cls(tokenizer)
-        tree.nodes = [_parse_node(i, entry) for i, entry in enumerate(nodes)]
+        tree.nodes = formats.decode(data)
         tree._roots = sorted(
             (node.id for node in tree.nodes if node.parent is None),
             key=lambda i: tree.nodes[i].prompt,
@@ -474,30 +400,7 @@ class GenerationTree:
         Raises:
             ImportError: networkx is not installed.
         """
-        try:
-            import networkx
-        except ImportError as error:
-            raise ImportError(
-                "GenerationTree.to_networkx() builds a networkx.DiGraph, and networkx cannot be "
-                "imported. Run `pip install networkx`, or use to_dict() or to_arrays(), which "
-                "need no other package."
-            ) from error
-        graph = networkx.DiGraph()
-        for i in self.walk():
-            node = self.nodes[i]
-            graph.add_node(
-                i,
-                prompt=node.prompt,
-                tokens=list(node.tokens),
-                logprobs=list(node.logprobs),
-                state=node.state,
-                reason=node.reason,
-                start=node.start,
-                is_prompt=node.is_prompt,
-            )
-            if node.parent is not None:
-                graph.add_edge(node.parent, i)
-        return graph
+        return formats.as_networkx(self.nodes, list(self.walk()))
 
     def to_arrays(self) -> dict[str, list[int] | list[float]]:
         """Every token once, in depth-first order, for trainers that compute on trees.
@@ -508,47 +411,7 @@ class GenerationTree:
             j in its sequence iff enter[i] <= enter[j] < exit[i]), `position` (in the sequence,
             prompt included), `logprob` (nan in a prompt), `node` (id) and `is_prompt` (bool).
         """
-        order = list(self.walk())
-        first: dict[int, int] = {}
-        total = 0
-        for i in order:
-            first[i] = total
-            total += len(self.nodes[i].tokens)
-        subtree_end: dict[int, int] = {}
-        last: dict[int, int] = {}
-        token: list[int] = []
-        parent: list[int] = []
-        exit_: list[int] = []
-        position: list[int] = []
-        logprob: list[float] = []
-        owner: list[int] = []
-        is_prompt: list[int] = []
-        for i in reversed(order):
-            node = self.nodes[i]
-            below = node.children[-1] if node.children else None
-            subtree_end[i] = first[i] + len(node.tokens) if below is None else subtree_end[below]
-        for i in order:
-            node = self.nodes[i]
-            length = len(node.tokens)
-            before = -1 if node.parent is None else last[node.parent]
-            last[i] = first[i] + length - 1 if length else before
-            token.extend(node.tokens)
-            parent.extend([before, *range(first[i], first[i] + length - 1)][:length])
-            exit_.extend([subtree_end[i]] * length)
-            position.extend(range(node.start, node.end))
-            logprob.extend([math.nan] * length if node.is_prompt else node.logprobs)
-            owner.extend([i] * length)
-            is_prompt.extend([node.is_prompt] * length)
-        return {
-            "token": token,
-            "parent": parent,
-            "enter": list(range(total)),
-            "exit": exit_,
-            "position": position,
-            "logprob": logprob,
-            "node": owner,
-            "is_prompt": is_prompt,
-        }
+        return formats.as_arrays(self.nodes, list(self.walk()))
 
     def to_text(
         self, tokenizer: Decoder | None = None, max_width: int = 100, max_nodes: int = 200
@@ -672,54 +535,3 @@ class GenerationTree:
         if node.state == "forked" and not (node.is_prompt or (node.tokens and node.children)):
             return "is forked but has no tokens or no children"
         return None
-
-
-def _parse_node(index: int, entry: Any) -> GenerationNode:
-    """Build a node from untrusted data, checking types only."""
-    found = entry if isinstance(entry, Mapping) else {}
-    reason = found.get("reason")
-    logprobs = found.get("logprobs")
-    checks = {
-        "id": _is_int(found.get("id")),
-        "parent": found.get("parent", "") is None or _is_int(found.get("parent")),
-        "prompt": _is_int(found.get("prompt")),
-        "tokens": _is_int_list(found.get("tokens")),
-        "logprobs": isinstance(logprobs, list) and all(map(_is_logprob, logprobs)),
-        "state": isinstance(found.get("state"), str) and found["state"] in _STATES,
-        "reason": reason is None or isinstance(reason, str),
-        "start": _is_int(found.get("start")),
-        "children": _is_int_list(found.get("children")),
-    }
-    wrong = [name for name, valid in checks.items() if not valid]
-    if wrong:
-        value = view_text.shorten(repr(found.get(wrong[0])), 60)
-        raise InvalidArgument(
-            f"GenerationTree.from_dict: node {index} has missing or malformed fields "
-            f"{', '.join(wrong)} ({wrong[0]} is {value}). Pass data as to_dict wrote it."
-        )
-    return GenerationNode(
-        id=found["id"],
-        parent=found["parent"],
-        prompt=found["prompt"],
-        tokens=list(found["tokens"]),
-        logprobs=[_NON_FINITE[x] if isinstance(x, str) else float(x) for x in found["logprobs"]],
-        state=found["state"],
-        reason=reason,
-        start=found["start"],
-        children=list(found["children"]),
-    )
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_int_list(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_int, value))
-
-
-def _is_logprob(value: Any) -> bool:
-    if isinstance(value, str):
-        return value in _NON_FINITE
-    # An int beyond a float's range would overflow when it is converted.
-    return isinstance(value, float) or (_is_int(value) and abs(value) < 1e300)

@@ -31,7 +31,8 @@ from .view_parts import (
 from .view_text import headline, render_text, shorten
 
 if TYPE_CHECKING:
-    from hf_tree_cache.generation.record import GenerationNode, GenerationTree
+    from hf_tree_cache.generation.node import GenerationNode
+    from hf_tree_cache.generation.record import GenerationTree
 
 # Bounds of the HTML view: a thousand nodes stay below 1.5 MB, and below the 512 nested elements
 # where browsers stop nesting.

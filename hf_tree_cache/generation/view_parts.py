@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from hf_tree_cache.generation.record import GenerationNode, GenerationTree
+    from hf_tree_cache.generation.node import GenerationNode
+    from hf_tree_cache.generation.record import GenerationTree
 
 MARKERS = {"alive": "●", "finished": "✓", "pruned": "✗", "forked": "┬"}
 

@@ -27,7 +27,8 @@ from .view_parts import (
 )
 
 if TYPE_CHECKING:
-    from hf_tree_cache.generation.record import GenerationNode, GenerationTree
+    from hf_tree_cache.generation.node import GenerationNode
+    from hf_tree_cache.generation.record import GenerationTree
 
 
 def render_text(
