@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -310,12 +311,18 @@ def test_finished_branches_leave_the_batch_and_free_their_blocks(llama):
     assert cache.stats().blocks == 0 and cache.get_seq_length() == 0
 
 
-def test_kept_branches_can_be_continued(llama):
-    cache = TreeCache(block_size=4)
+@pytest.mark.parametrize("is_sent", [False, True])
+def test_kept_branches_can_be_continued(llama, is_sent):
+    """Also in another process, to which all that came out was sent."""
     out = generate(
-        llama, past_key_values=cache, branching=[ForkAtFirstToken(3)], keep_branches=True,
-        eos_token_id=None, do_sample=True,
+        llama, past_key_values=TreeCache(block_size=4), branching=[ForkAtFirstToken(3)],
+        keep_branches=True, eos_token_id=None, do_sample=True,
     )  # fmt: skip
+    if is_sent:
+        before, out = out, pickle.loads(pickle.dumps(out))
+        assert out.tree.to_dict() == before.tree.to_dict()
+        assert torch.equal(out.sequences, before.sequences)
+    cache = out.past_key_values
     assert cache.rows == [] and set(cache.tree.held) == set(out.branches)
     cache.set_rows([out.branches[1]])
     ids = torch.cat([out.sequences[1:2], torch.tensor([[31, 32, 33]])], 1)

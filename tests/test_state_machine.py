@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -58,6 +59,12 @@ class Failing:
 
     def __exit__(self, *_: object) -> None:
         self._patch.stop()
+
+
+def pickled(cache: TreeCache) -> TreeCache:
+    """As it gets to another process."""
+    twin: TreeCache = pickle.loads(pickle.dumps(cache))
+    return twin
 
 
 class CacheAgainstLists(RuleBasedStateMachine):
@@ -301,9 +308,9 @@ class CacheAgainstLists(RuleBasedStateMachine):
         self.cache.reset()
         self.tokens, self.columns = {}, 0
 
-    @rule(keep_the_copy=st.booleans())
-    def deepcopy(self, keep_the_copy: bool) -> None:
-        twin = copy.deepcopy(self.cache)
+    @rule(keep_the_copy=st.booleans(), how=st.sampled_from([copy.deepcopy, pickled]))
+    def duplicate(self, keep_the_copy: bool, how: Any) -> None:
+        twin = how(self.cache)
         before = observe(self.cache)
         assert same(observe(twin), before)
         if keep_the_copy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from contextlib import nullcontext
 from typing import Any
 
@@ -27,6 +28,7 @@ from transformers import (
 
 from hf_tree_cache import (
     InvalidArgument,
+    TreeCache,
     UnsupportedModel,
     enable_tree_attention,
 )
@@ -82,10 +84,19 @@ def test_reset_makes_room_for_another_batch(llama: PreTrainedModel) -> None:
     assert cache.stats().allocated_bytes == allocated
 
 
-def test_deep_copies_live_apart(llama: PreTrainedModel) -> None:
+def pickled(cache: TreeCache) -> TreeCache:
+    """As it gets to another process; with what it holds, not with all of its slabs."""
+    data = pickle.dumps(cache)
+    stats = cache.stats()
+    assert len(data) < stats.kv_bytes + 30_000 < stats.allocated_bytes
+    return pickle.loads(data)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
+def test_copies_live_apart(llama: PreTrainedModel, duplicate: Any) -> None:
     cache, inputs = tree_cache(), prompts()
     prefill(llama, cache, inputs)
-    twin = copy.deepcopy(cache)
+    twin = duplicate(cache)
     for each, extra in ((cache, 11), (twin, 12)):
         new = torch.full((2, 1), extra)
         longer = {

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from trees import ShadowTree, step_randomly
@@ -559,12 +561,17 @@ def test_random_surgery_within_a_bound_refuses_without_a_trace(seed: int) -> Non
     assert refused
 
 
-def test_a_deep_copy_goes_its_own_way() -> None:
+def pickled(tree: Any) -> Any:
+    return pickle.loads(pickle.dumps(tree))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
+def test_a_copy_goes_its_own_way(duplicate: Any) -> None:
     rng = random.Random(3)
     shadow = ShadowTree(4)
     for _ in range(80):
         step_randomly(rng, shadow)
-    twin = copy.deepcopy(shadow)
+    twin = duplicate(shadow)
     before = shadow.state()
     assert twin.state() == before
     twin.check()
@@ -575,7 +582,8 @@ def test_a_deep_copy_goes_its_own_way() -> None:
     shadow.check()
 
 
-def test_a_tree_deeper_than_the_recursion_limit_copies_checks_and_ends() -> None:
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
+def test_a_tree_deeper_than_the_recursion_limit_copies_checks_and_ends(duplicate: Any) -> None:
     depth = 3000
     assert depth > sys.getrecursionlimit()
     shadow = grown(1)
@@ -584,7 +592,7 @@ def test_a_tree_deeper_than_the_recursion_limit_copies_checks_and_ends() -> None
         shadow.append([1])
     tree = shadow.tree
     assert len(tree.path(shadow.rows[0])) == depth + 1
-    twin = copy.deepcopy(tree)
+    twin = duplicate(tree)
     twin.check_integrity()
     assert twin.block_table(shadow.rows[0]) == tree.block_table(shadow.rows[0])
     assert twin.fork(shadow.rows[0], at=1)

@@ -55,6 +55,9 @@ class PagedLayer(CacheLayerMixin):
         """Belong to ``cache``, without keeping it alive: gigabytes should go when it goes."""
         self._cache = weakref.ref(cache)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": None}  # until it joins the copy
+
     @property
     def cache(self) -> TreeCache:
         cache = self._cache()

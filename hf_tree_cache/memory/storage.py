@@ -7,7 +7,7 @@ import mmap
 import os
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -170,6 +170,7 @@ class KVStorage:
         self._needs_all = False
         self._poison = poison
         self._attached = 0
+        self._most_blocks = 0  # that room was asked for
         self._numbers: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None = None
         self._k_slabs: list[torch.Tensor] = []  # [num_layers, slab_blocks * block_size, Hkv, Dk]
         self._v_slabs: list[torch.Tensor] = []
@@ -306,6 +307,7 @@ class KVStorage:
 
     def ensure(self, num_blocks: int) -> None:
         """Grow until blocks ``0 .. num_blocks - 1`` have room. Nothing stored is moved."""
+        self._most_blocks = max(self._most_blocks, num_blocks)
         if num_blocks <= self.num_blocks:
             return
         # Slabs outlive an inference_mode block in which a first prompt may have been read.
@@ -332,10 +334,45 @@ class KVStorage:
         twin.places = deepcopy(self.places, memo)
         twin._within, twin._needs_all = set(self._within), self._needs_all
         twin.ensure(self.num_blocks)
+        twin._most_blocks = self._most_blocks
         pairs = zip(twin._k_slabs + twin._v_slabs, self._k_slabs + self._v_slabs, strict=True)
         for copy, slab in pairs:
             copy.copy_(slab)
         return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """To be pickled: of the slabs, what was ever asked for."""
+        slots = self._most_blocks * self.block_size
+        ends = [slots - i * self._slab_slots for i in range(len(self._k_slabs))]
+        kv = [
+            [slab[:, : max(0, end)].clone() for slab, end in zip(slabs, ends, strict=True)]
+            for slabs in (self._k_slabs, self._v_slabs)
+        ]
+        return {
+            "spec": self.spec,
+            "sizes": (self.num_layers, self.block_size, self.slab_blocks),
+            "options": {"window": self.window, "poison": self._poison},
+            "places": self.places,
+            "attached": self._attached,
+            "reads": (set(self._within), self._needs_all),
+            "most_blocks": self._most_blocks,
+            "kv": kv,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        k_slabs, v_slabs = state["kv"]
+        spec = state["spec"]
+        if k_slabs:  # they may have been mapped to another device
+            spec = replace(spec, device=k_slabs[0].device)
+        self.__init__(spec, *state["sizes"], **state["options"])  # type: ignore[misc]
+        self.places = state["places"]
+        self._attached = state["attached"]
+        self._within, self._needs_all = state["reads"]
+        self.ensure(len(k_slabs) * self.slab_blocks)
+        self._most_blocks = state["most_blocks"]
+        pairs = zip(self._k_slabs + self._v_slabs, k_slabs + v_slabs, strict=True)
+        for slab, kept in pairs:
+            slab[:, : kept.shape[1]].copy_(kept)
 
     def write(
         self,

@@ -18,6 +18,9 @@ Branch = NewType("Branch", int)
 """A leaf-to-root path that can grow. Ids are never used twice, so a stale one is always noticed."""
 
 
+COUNTS = ("num_forks", "num_prunes", "num_copies", "topology_version", "order_version")
+
+
 class BranchTree:
     """Branches that share prefixes block by block.
 
@@ -441,22 +444,25 @@ class BranchTree:
         return sum(node.end for node in self._tips.values())
 
     def __deepcopy__(self, memo: dict[int, object]) -> BranchTree:
-        # By hand: a chain of nodes deeper than the recursion limit is an ordinary tree.
-        twin = BranchTree(self.block_size, deepcopy(self.allocator, memo))
-        twins = {self._root: twin._root}
-        for node in self.nodes():
-            assert node.parent is not None
-            parent = twins[node.parent]
-            twins[node] = Node(parent, node.start, node.end, node.blocks)
-            parent.children.add(twins[node])
-        for node, copy in twins.items():
-            copy.refs = node.refs
-        twin._tips = {branch: twins[node] for branch, node in self._tips.items()}
-        twin._next_id, twin.rows = self._next_id, list(self.rows)
-        twin.num_forks, twin.num_prunes = self.num_forks, self.num_prunes
-        twin.num_copies, twin.topology_version = self.num_copies, self.topology_version
-        twin.order_version = self.order_version
+        twin = BranchTree.__new__(BranchTree)
+        twin.__setstate__({**self.__getstate__(), "allocator": deepcopy(self.allocator, memo)})
         return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Flat: a chain of nodes deeper than the recursion limit is an ordinary tree.
+        return {
+            **self.to_state(),
+            "block_size": self.block_size,
+            "allocator": self.allocator,
+            "next_id": self._next_id,
+            "counts": {name: getattr(self, name) for name in COUNTS},
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["block_size"], state["allocator"])  # type: ignore[misc]
+        self._join(state)
+        self._next_id = state["next_id"]
+        vars(self).update(state["counts"])
 
     def to_state(self) -> dict[str, Any]:
         """All of the tree as lists of ints, for :meth:`from_state`."""
@@ -484,22 +490,26 @@ class BranchTree:
             if set(owned) != set(range(len(set(owned)))):
                 raise ValueError("blocks are not numbered from 0 on")
             allocator.allocate(len(set(owned)))
-            made = [tree._root]
-            for parent, start, end, blocks in state["nodes"]:
-                node = Node(made[parent + 1], start, end, blocks)
-                made[parent + 1].children.add(node)
-                made.append(node)
             allocator.acquire(owned)
             allocator.release(range(len(set(owned))))
-            for branch, node_index in state["tips"]:
-                tree._tips[Branch(branch)] = made[node_index + 1]
-                made[node_index + 1].refs += 1
-            tree.rows = [Branch(branch) for branch in state["rows"]]
+            tree._join(state)
             tree._next_id = 1 + max(tree._tips, default=-1)
             tree.check_integrity()
         except (IntegrityError, LookupError, TypeError, ValueError) as error:
             raise InvalidArgument(f"BranchTree.from_state: this is no tree: {error}") from error
         return tree
+
+    def _join(self, state: Any) -> None:
+        """Nodes, branches and rows as :meth:`to_state` described them; no block changes hands."""
+        made = [self._root]
+        for parent, start, end, blocks in state["nodes"]:
+            node = Node(made[parent + 1], start, end, blocks)
+            made[parent + 1].children.add(node)
+            made.append(node)
+        for branch, node_index in state["tips"]:
+            self._tips[Branch(branch)] = made[node_index + 1]
+            made[node_index + 1].refs += 1
+        self.rows = [Branch(branch) for branch in state["rows"]]
 
     def check_integrity(self) -> None:
         """Verify every invariant of the tree and of the allocator below it.
