@@ -79,12 +79,12 @@ def branches(model: Any, inputs: dict[str, torch.Tensor]) -> list[Any]:
 
 def runner(model: Any, inputs: dict[str, torch.Tensor]) -> list[Any]:
     ids = inputs["input_ids"][0][inputs["attention_mask"][0].bool()].tolist()
-    alone = BranchRunner(model, sampling=Sampling(do_sample=False))
-    (root,) = alone.add_prompts([ids])
-    tips = [root, *alone.fork(root, 1, at=-3)]
-    for _ in range(3):
-        alone.extend(tips, max_new_tokens=3)
-    return [alone.tokens(tip) for tip in tips]
+    with BranchRunner(model, sampling=Sampling(do_sample=False)) as alone:
+        (root,) = alone.add_prompts([ids])
+        tips = [root, *alone.fork(root, 1, at=-3)]
+        for _ in range(3):
+            alone.extend(tips, max_new_tokens=3)
+        return [alone.tokens(tip) for tip in tips]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -100,6 +100,41 @@ def test_threads_get_what_they_would_get_alone(device: str) -> None:
         for _ in range(4):
             assert at_once(calls) == want
     assert want[0] != want[1]
+
+
+@pytest.mark.core
+def test_runners_share_what_none_has_enabled_before() -> None:
+    model, inputs = build("llama").eval(), prompts("llama")
+    before = set(vars(model))
+    want = runner(model, inputs)
+    assert not enable.is_enabled(model)
+    for _ in range(8):
+        assert at_once([lambda: runner(model, inputs)] * 4) == [want] * 4
+    assert not enable.is_enabled(model) and set(vars(model)) == before
+
+
+@pytest.mark.core
+def test_the_last_runner_gives_the_model_back_unless_its_user_enabled_it() -> None:
+    model, ids = build("llama").eval(), [5, 6, 7]
+
+    def begun() -> BranchRunner:
+        fresh = BranchRunner(model)
+        fresh.add_prompts([ids])
+        return fresh
+
+    first, second = begun(), begun()
+    for one in (first, first, second):
+        assert enable.is_enabled(model)
+        one.close()
+    assert not enable.is_enabled(model)
+    with enable_tree_attention(model):
+        third = begun()
+        third.close()
+        assert enable.is_enabled(model)
+    with third:
+        third.extend(third.branches, max_new_tokens=1)
+        assert enable.is_enabled(model)
+    assert not enable.is_enabled(model)
 
 
 @pytest.mark.core

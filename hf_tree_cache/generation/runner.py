@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..errors import InvalidArgument, UnsupportedModel
 from ..integration.adapters import active_adapters
 from ..integration.cache import TreeCache
-from ..integration.enable import EnabledTreeAttention, base_of, enable_tree_attention, is_enabled
+from ..integration.enable import base_of, borrow_tree_attention, is_enabled
 from ..memory.tree import Branch as CacheBranch
 from .extension import Extension, Processor
 from .frontier import Frontier
@@ -105,7 +105,7 @@ class BranchRunner:
         self.max_branches = max_branches
         self._seed = seed
         self._generator: torch.Generator | None = None
-        self._enabled: EnabledTreeAttention | None = None
+        self._give_back: Callable[[], None] | None = None  # tree attention
         self._ledger = Ledger(self.tree)
         self._frontier = Frontier(base, self.cache, self.stats)
         self._check_mode()
@@ -393,10 +393,13 @@ class BranchRunner:
         return self._ledger.get("node", branch).node
 
     def close(self) -> None:
-        """Give the model back as it was, if this runner enabled tree attention. Harmless twice."""
-        if self._enabled is not None:
-            self._enabled.disable()
-            self._enabled = None
+        """Give the model back as it was, unless its user or other runners need tree attention.
+
+        Harmless twice.
+        """
+        if self._give_back is not None:
+            self._give_back()
+            self._give_back = None
 
     def __enter__(self) -> BranchRunner:
         return self
@@ -497,8 +500,8 @@ class BranchRunner:
         """The model ready for forwards of ours, and the time they take."""
         started = time.perf_counter()
         self._check_mode()
-        if not is_enabled(self.model):
-            self._enabled = enable_tree_attention(self.model)
+        if self._give_back is None or not is_enabled(self.model):
+            self._give_back = borrow_tree_attention(self.model)
         try:
             yield
         finally:

@@ -90,13 +90,31 @@ def enable_tree_attention(
         raise InvalidArgument(
             f"enable_tree_attention({type(model).__name__}): expected a transformers model."
         )
-    if is_enabled(base):
-        raise InvalidArgument(
-            f"enable_tree_attention: this {type(base).__name__} is enabled already. Keep the "
-            "handle of the first call and disable() it, or write `with enable_tree_attention(...)`."
-        )
-    graphs = _make_graphs(base, cuda_graphs, compile)
-    return EnabledTreeAttention(base, replace_default_cache, graphs)
+    with SWITCHING:
+        if is_enabled(base):
+            raise InvalidArgument(
+                f"enable_tree_attention: this {type(base).__name__} is enabled already. Keep the "
+                "handle of the first call and disable() it, or write "
+                "`with enable_tree_attention(...)`."
+            )
+        graphs = _make_graphs(base, cuda_graphs, compile)
+        return EnabledTreeAttention(base, replace_default_cache, graphs)
+
+
+def borrow_tree_attention(model: Any) -> Callable[[], None]:
+    """Enable it unless it is, until all who borrowed it have called what this returns.
+
+    Where the user enabled it, that does nothing.
+    """
+    with SWITCHING:
+        handle: EnabledTreeAttention | None = vars(base_of(model)).get(HANDLE)
+        if handle is None:
+            handle = enable_tree_attention(model)
+            handle._borrowers = 0
+        if handle._borrowers is None:
+            return lambda: None
+        handle._borrowers += 1
+        return handle._give_back
 
 
 def base_of(model: Any) -> Any:
@@ -110,7 +128,13 @@ def is_enabled(model: Any) -> bool:
     return any(isinstance(hook, _Hooks) for hook in base_of(model)._forward_pre_hooks.values())
 
 
+SWITCHING = threading.RLock()
+"""Held while models are switched, so that threads agree on who does it."""
+
+HANDLE = "_tree_attention"
+
 ATTACHED = (
+    HANDLE,
     "_prepare_cache_for_generation",
     "_optimize_model_for_decode",
     "__deepcopy__",
@@ -137,14 +161,23 @@ class EnabledTreeAttention:
         self.graphs: GraphStats | None = None if graphs is None else graphs.stats
         self._hooks = _Hooks()
         self._handles: list[RemovableHandle] = []
+        self._borrowers: int | None = None  # None where the user holds this
         self._attach()
 
     def disable(self) -> None:
         """Give the model back as it was; caches stay usable, read densely. Harmless twice."""
-        if self._handles:
-            self._detach()
-            if self._graphs is not None:
-                self._graphs.close()
+        with SWITCHING:
+            if self._handles:
+                self._detach()
+                if self._graphs is not None:
+                    self._graphs.close()
+
+    def _give_back(self) -> None:
+        with SWITCHING:
+            assert self._borrowers is not None
+            self._borrowers -= 1
+            if not self._borrowers:
+                self.disable()
 
     def _attach(self) -> None:
         model, hooks = self._model, self._hooks
@@ -161,6 +194,7 @@ class EnabledTreeAttention:
             model._optimize_model_for_decode = with_grouped_experts(model, hooks.num_rows)
         self._late_ends = LateEnds(model, hooks.last_cache)
         stop_strings.hand_tokenizer_on(model)
+        vars(model)[HANDLE] = self
         vars(model)["__deepcopy__"] = self._copy
         vars(model)["__reduce_ex__"] = self._reduce
         if any(config._attn_implementation_internal == NAME for config in _configs(model)):
@@ -187,11 +221,12 @@ class EnabledTreeAttention:
 
     def _copy(self, memo: dict[int, Any]) -> PreTrainedModel:
         """The model's deep copy is not enabled: what is attached here would run this model."""
-        self._detach()
-        try:
-            return copy.deepcopy(self._model, memo)
-        finally:
-            self._attach()
+        with SWITCHING:
+            self._detach()
+            try:
+                return copy.deepcopy(self._model, memo)
+            finally:
+                self._attach()
 
     def _reduce(self, protocol: Any) -> Any:
         """So is what is pickled: a copy around the same tensors."""

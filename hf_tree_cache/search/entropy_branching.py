@@ -17,7 +17,7 @@ from ..generation.output import TreeGenerateOutput
 from ..generation.processors import ForkOnEntropy
 from ..generation.text import decode_after, encode_prompt
 from ..integration.cache import TreeCache
-from ..integration.enable import enable_tree_attention, is_enabled
+from ..integration.enable import borrow_tree_attention
 from ..naming import CACHE
 from ..sending import to_device
 from .answers import AnswerClasses, AnswerFunction, SameFunction, extract_answer, same_answer
@@ -96,7 +96,7 @@ def entropy_branching(
     encoded = [encode_prompt(prompt(q) if prompt else q, tokenizer) for q in questions]
     width = max(map(len, encoded))
     padding = [width - len(ids) for ids in encoded]
-    enabled = None if is_enabled(model) else enable_tree_attention(model)
+    give_back = borrow_tree_attention(model)
     try:
         devices = {x.device for x in model.parameters() if x.device.type == "cuda"}
         with torch.random.fork_rng(devices, enabled=seed is not None):
@@ -123,8 +123,7 @@ def entropy_branching(
                 progress=progress,
             )
     finally:
-        if enabled is not None:
-            enabled.disable()
+        give_back()
     cost = SearchCost(
         prompt_tokens=sum(map(len, encoded)),
         tokens_generated=out.tree.num_tokens,
