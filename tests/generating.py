@@ -9,14 +9,9 @@ from typing import Any
 import pytest
 import torch
 from models import model
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
-from hf_tree_cache import (
-    TreeCache,
-    enable_tree_attention,
-)
+from hf_tree_cache import TreeCache, enable_tree_attention
 
 TOLERANCE = 1e-4
 HYBRIDS = ["qwen3_next", "falcon_h1", "jamba"]
@@ -26,11 +21,8 @@ HYBRIDS = ["qwen3_next", "falcon_h1", "jamba"]
 @pytest.fixture(params=["tree attention", "stock attention"])
 def llama(request: pytest.FixtureRequest) -> Iterator[PreTrainedModel]:
     """A tiny llama, once with tree attention and once without."""
-    with (
-        enable_tree_attention(model("llama"))
-        if request.param == "tree attention"
-        else nullcontext()
-    ):
+    enabled = request.param == "tree attention"
+    with enable_tree_attention(model("llama")) if enabled else nullcontext():
         yield model("llama")
 
 
@@ -129,3 +121,15 @@ class FailsOnce:
 
     def __exit__(self, *error: object) -> None:
         self.handle.remove()
+
+
+class Eager:
+    """In the place of CUDA graphs: takes the place of the model's forward, and captures nothing."""
+
+    stats = None
+
+    def run(self, forward: Any, kwargs: dict[str, Any]) -> None:
+        return None
+
+    def close(self) -> None:
+        pass

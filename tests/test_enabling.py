@@ -11,11 +11,8 @@ import torch
 from generating import (
     assert_continues,
     forward,
-    llama,
     prefill,
-    tree,
     tree_cache,
-    tree_llama,
 )
 from models import COLUMNS, assert_same, build, generate, model, one_thread, prompts
 from transformers import (
@@ -33,7 +30,7 @@ from hf_tree_cache import (
 )
 from hf_tree_cache.naming import CACHE
 
-__all__ = ["llama", "one_thread", "tree", "tree_llama"]  # fixtures
+__all__ = ["one_thread"]  # fixtures
 pytestmark = pytest.mark.core
 
 

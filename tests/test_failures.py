@@ -16,7 +16,6 @@ from generating import (
     forward,
     llama,
     prefill,
-    tree,
     tree_cache,
     tree_llama,
 )
@@ -37,7 +36,7 @@ from hf_tree_cache import (
     enable_tree_attention,
 )
 
-__all__ = ["llama", "one_thread", "tree", "tree_llama"]  # fixtures
+__all__ = ["llama", "one_thread", "tree_llama"]  # fixtures
 pytestmark = pytest.mark.core
 
 

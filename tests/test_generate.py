@@ -18,7 +18,6 @@ from generating import (
     forward,
     llama,
     prefill,
-    tree,
     tree_cache,
     tree_llama,
 )
@@ -38,7 +37,7 @@ from hf_tree_cache import (
 )
 from hf_tree_cache.naming import CACHE
 
-__all__ = ["llama", "one_thread", "tree", "tree_llama"]  # fixtures
+__all__ = ["llama", "one_thread", "tree_llama"]  # fixtures
 pytestmark = pytest.mark.core
 
 

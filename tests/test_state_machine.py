@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -10,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from copies import WAYS
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -59,12 +59,6 @@ class Failing:
 
     def __exit__(self, *_: object) -> None:
         self._patch.stop()
-
-
-def pickled(cache: TreeCache) -> TreeCache:
-    """As it gets to another process."""
-    twin: TreeCache = pickle.loads(pickle.dumps(cache))
-    return twin
 
 
 class CacheAgainstLists(RuleBasedStateMachine):
@@ -308,7 +302,7 @@ class CacheAgainstLists(RuleBasedStateMachine):
         self.cache.reset()
         self.tokens, self.columns = {}, 0
 
-    @rule(keep_the_copy=st.booleans(), how=st.sampled_from([copy.deepcopy, pickled]))
+    @rule(keep_the_copy=st.booleans(), how=st.sampled_from(WAYS))
     def duplicate(self, keep_the_copy: bool, how: Any) -> None:
         twin = how(self.cache)
         before = observe(self.cache)

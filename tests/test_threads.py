@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from generating import Eager
 from models import build, one_thread, prompts
 from transformers import LogitsProcessor
 from transformers.generation import utils as stock
@@ -139,15 +140,6 @@ def test_the_last_runner_gives_the_model_back_unless_its_user_enabled_it() -> No
 
 @pytest.mark.core
 def test_where_steps_are_captured_forwards_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Graphs:
-        stats = None
-
-        def run(self, forward: Any, kwargs: dict[str, Any]) -> None:
-            return None
-
-        def close(self) -> None:
-            pass
-
     inside, most = [], []
 
     def enter(*ignored: Any) -> None:
@@ -155,7 +147,7 @@ def test_where_steps_are_captured_forwards_take_turns(monkeypatch: pytest.Monkey
         most.append(len(inside))
         time.sleep(1e-4)
 
-    monkeypatch.setattr(enable, "_make_graphs", lambda *arguments: Graphs())
+    monkeypatch.setattr(enable, "_make_graphs", lambda *arguments: Eager())
     model = build("llama").eval()
     model.model.register_forward_pre_hook(enter)
     model.model.register_forward_hook(lambda *ignored: inside.pop() and None)

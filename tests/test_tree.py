@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import copy
-import pickle
 import random
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from copies import WAYS
 from trees import ShadowTree, step_randomly
 
 from hf_tree_cache.errors import IntegrityError, InvalidArgument, OutOfBlocks, StaleBranch
@@ -561,11 +560,7 @@ def test_random_surgery_within_a_bound_refuses_without_a_trace(seed: int) -> Non
     assert refused
 
 
-def pickled(tree: Any) -> Any:
-    return pickle.loads(pickle.dumps(tree))
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
+@pytest.mark.parametrize("duplicate", WAYS)
 def test_a_copy_goes_its_own_way(duplicate: Any) -> None:
     rng = random.Random(3)
     shadow = ShadowTree(4)
@@ -582,7 +577,7 @@ def test_a_copy_goes_its_own_way(duplicate: Any) -> None:
     shadow.check()
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
+@pytest.mark.parametrize("duplicate", WAYS)
 def test_a_tree_deeper_than_the_recursion_limit_copies_checks_and_ends(duplicate: Any) -> None:
     depth = 3000
     assert depth > sys.getrecursionlimit()

@@ -16,6 +16,8 @@ import pytest
 import torch
 import transformers
 from accelerate import cpu_offload, disk_offload
+from copies import WAYS
+from generating import Eager
 from models import (
     COLUMNS,
     GROUPED,
@@ -350,25 +352,8 @@ def test_checkpointed_training_is_untouched(name: str, reentrant: bool) -> None:
 # Copies
 
 
-class Eager:
-    """In the place of CUDA graphs: takes the place of the model's forward, and captures nothing."""
-
-    stats = None
-
-    def run(self, forward: Any, kwargs: dict[str, Any]) -> None:
-        return None
-
-    def close(self) -> None:
-        pass
-
-
-def pickled(model: Any) -> Any:
-    """As it gets to another process."""
-    return pickle.loads(pickle.dumps(model))
-
-
 @pytest.mark.core
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
+@pytest.mark.parametrize("duplicate", WAYS)
 @pytest.mark.parametrize("around", ["the model", "a module", "a PEFT model"])
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
 def test_a_copy_runs_by_itself(

@@ -125,13 +125,14 @@ def base_of(model: Any) -> Any:
 
 def is_enabled(model: Any) -> bool:
     """Whether :func:`enable_tree_attention` is active on ``model``."""
-    return any(isinstance(hook, _Hooks) for hook in base_of(model)._forward_pre_hooks.values())
+    return HANDLE in vars(base_of(model))
 
 
 SWITCHING = threading.RLock()
 """Held while models are switched, so that threads agree on who does it."""
 
 HANDLE = "_tree_attention"
+"""Attribute of an enabled model: its :class:`EnabledTreeAttention`."""
 
 ATTACHED = (
     HANDLE,
@@ -229,7 +230,7 @@ class EnabledTreeAttention:
                 self._attach()
 
     def _reduce(self, protocol: Any) -> Any:
-        """So is what is pickled: a copy around the same tensors."""
+        """What is pickled is not enabled either: a copy of the model, around the same tensors."""
         tensors = (*self._model.parameters(), *self._model.buffers())
         return self._copy({id(tensor): tensor for tensor in tensors}).__reduce_ex__(protocol)
 

@@ -322,32 +322,19 @@ class KVStorage:
                     self._fill([BLANK], 0.0)
 
     def __deepcopy__(self, memo: dict[int, object]) -> KVStorage:
-        twin = KVStorage(
-            self.spec,
-            self.num_layers,
-            self.block_size,
-            self.slab_blocks,
-            window=self.window,
-            poison=self._poison,
-        )
-        twin._attached = self._attached
-        twin.places = deepcopy(self.places, memo)
-        twin._within, twin._needs_all = set(self._within), self._needs_all
-        twin.ensure(self.num_blocks)
-        twin._most_blocks = self._most_blocks
-        pairs = zip(twin._k_slabs + twin._v_slabs, self._k_slabs + self._v_slabs, strict=True)
-        for copy, slab in pairs:
-            copy.copy_(slab)
+        twin = KVStorage.__new__(KVStorage)
+        twin.__setstate__({**self._state(), "places": deepcopy(self.places, memo)})
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        """To be pickled: of the slabs, what was ever asked for."""
+        """To be pickled: a view would take all of its slab along."""
+        state = self._state()
+        return {**state, "kv": [[part.clone() for part in parts] for parts in state["kv"]]}
+
+    def _state(self) -> dict[str, Any]:
+        """All there is; of the slabs views, of what room was ever asked for."""
         slots = self._most_blocks * self.block_size
-        ends = [slots - i * self._slab_slots for i in range(len(self._k_slabs))]
-        kv = [
-            [slab[:, : max(0, end)].clone() for slab, end in zip(slabs, ends, strict=True)]
-            for slabs in (self._k_slabs, self._v_slabs)
-        ]
+        ends = [max(0, slots - i * self._slab_slots) for i in range(len(self._k_slabs))]
         return {
             "spec": self.spec,
             "sizes": (self.num_layers, self.block_size, self.slab_blocks),
@@ -356,7 +343,10 @@ class KVStorage:
             "attached": self._attached,
             "reads": (set(self._within), self._needs_all),
             "most_blocks": self._most_blocks,
-            "kv": kv,
+            "kv": [
+                [slab[:, :end] for slab, end in zip(slabs, ends, strict=True)]
+                for slabs in (self._k_slabs, self._v_slabs)
+            ],
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:

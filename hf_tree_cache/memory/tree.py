@@ -17,8 +17,8 @@ from .growth import STILL, AppendPlan, Clock, Grown, Growth, Longs, Node, Paused
 Branch = NewType("Branch", int)
 """A leaf-to-root path that can grow. Ids are never used twice, so a stale one is always noticed."""
 
-
 COUNTS = ("num_forks", "num_prunes", "num_copies", "topology_version", "order_version")
+"""What else a copy takes over as it is."""
 
 
 class BranchTree:
