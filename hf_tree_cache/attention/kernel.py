@@ -78,6 +78,7 @@ def _work(
     PRECISION: tl.constexpr,
     MERGES: tl.constexpr,
     LANES: tl.constexpr,
+    HALVES: tl.constexpr,
     LATE_Q: tl.constexpr,
 ):
     """Up to M // G queries, all heads of one group, over one run of blocks."""
@@ -86,7 +87,7 @@ def _work(
     PER_BLOCK: tl.constexpr = S // KV if S > KV else 1  # tiles of a block
     o_m = tl.arange(0, M)
     o_t = tl.arange(0, KV)
-    o_dk = tl.arange(0, DKP)
+    o_dk = tl.arange(0, DKP // 2 if HALVES else DKP)
     o_dv = tl.arange(0, DVP)
     i_member = o_m // G
     m_query = i_member < num_queries
@@ -98,9 +99,12 @@ def _work(
     if DK != DKP:
         m_q = m_q & (o_dk < DK)[None, :]
     p_qs = p_qs[:, None] + o_dk[None, :]
-    b_q = tl.zeros([M, DKP], p_q.dtype.element_ty)
+    b_q = tl.zeros([M, DKP // 2 if HALVES else DKP], p_q.dtype.element_ty)
+    b_q_rest = b_q
     if not LATE_Q:
         b_q = tl.load(p_qs, mask=m_q, other=0.0)
+        if HALVES:
+            b_q_rest = tl.load(p_qs + DK // 2, mask=m_q, other=0.0)
     # At the end of its row, a query sees all up to itself. Padding of the tile sees everything: it
     # is never stored, but stays finite.
     if LANES > 1:
@@ -137,10 +141,10 @@ def _work(
     PIVOT: tl.constexpr = FIXED and (WINDOW == 0 or DKP != 128)
     b_max = tl.full([M], 0.0 if FIXED else float("-inf"), tl.float32)
     b_acc, b_max, b_sum = attend(
-        p_k, p_v, p_ids, b_q, p_qs, m_q, p_sync, is_early, is_counted, b_id, b_id_v, b_max, b_limit,
-        b_lower, b_left, b_end, lane_bits, i_head, i_tile, num_full, num_tokens, v_list, qk_scale,
-        cap_scale, HKV, DK, DV, DKP, DVP, S, M, KV, STAGES, PEEL, WINDOW, FIXED, PIVOT, SOFTCAP,
-        SPLIT_LIST, PRECISION, LANES, LATE_Q,
+        p_k, p_v, p_ids, b_q, b_q_rest, p_qs, m_q, p_sync, is_early, is_counted, b_id, b_id_v,
+        b_max, b_limit, b_lower, b_left, b_end, lane_bits, i_head, i_tile, num_full, num_tokens,
+        v_list, qk_scale, cap_scale, HKV, DK, DV, DKP, DVP, S, M, KV, STAGES, PEEL, WINDOW, FIXED,
+        PIVOT, SOFTCAP, SPLIT_LIST, PRECISION, LANES, HALVES, LATE_Q,
     )  # fmt: skip
     if FIXED:
         # Nothing waited for a running maximum, and no sum was scaled. Where the powers left
@@ -164,10 +168,10 @@ def _work(
             )  # fmt: skip
             b_max = tl.where(m_sees & ~m_sound, b_top, b_max)
             b_acc, b_max, b_sum = attend(
-                p_k, p_v, p_few, b_q, p_qs, m_q, p_sync, is_early, is_counted, b_few, b_few_v,
-                b_max, b_limit, b_lower, b_left, b_end, 0, i_head, 0, 0, num_tokens, v_list,
-                qk_scale, cap_scale, HKV, DK, DV, DKP, DVP, S, M, FEW, 1, False, WINDOW, True,
-                False, SOFTCAP, SPLIT_LIST, PRECISION, 1, False,
+                p_k, p_v, p_few, b_q, b_q, p_qs, m_q, p_sync, is_early, is_counted, b_few,
+                b_few_v, b_max, b_limit, b_lower, b_left, b_end, 0, i_head, 0, 0, num_tokens,
+                v_list, qk_scale, cap_scale, HKV, DK, DV, DKP, DVP, S, M, FEW, 1, False, WINDOW,
+                True, False, SOFTCAP, SPLIT_LIST, PRECISION, 1, False, False,
             )  # fmt: skip
             b_peak = tl.max(tl.abs(b_acc), 1)
 
@@ -297,6 +301,8 @@ def tree_attention_kernel(
     LATE_Q: tl.constexpr = (
         OVERLAP and SMALL and LARGE and FIXED and WINDOW == 0 and DK == DKP and DKP <= 128
     )
+    # Where heads are long, half of the chain of products that a step waits for.
+    HALVES: tl.constexpr = SMALL and LARGE and FIXED and WINDOW == 0 and DK == 128
     is_early = False
     if LATE_Q:
         is_early = (kind == 0) & (tl.load(p_record + 7) > 0)
@@ -321,7 +327,7 @@ def tree_attention_kernel(
                 start, num_queries, i_slot, num_full, lane_bits, num_tokens, num_new, is_early,
                 is_counted, stride_qb, stride_qh, stride_qt, v_list, qk_scale, cap_scale, window,
                 HKV, G, DK, DV, DKP, DVP, S, M_SMALL, KV_SMALL, STAGES_SMALL, False, WINDOW, False,
-                SOFTCAP, SINKS, SPLIT_LIST, PRECISION, MERGES, LANES, LATE_Q,
+                SOFTCAP, SINKS, SPLIT_LIST, PRECISION, MERGES, LANES, HALVES, LATE_Q,
             )  # fmt: skip
         elif LARGE and kind == 1:
             _work(
@@ -330,7 +336,7 @@ def tree_attention_kernel(
                 i_list, start, num_queries, i_slot, num_full, 0, num_tokens, num_new, False, False,
                 stride_qb, stride_qh, stride_qt, v_list, qk_scale, cap_scale, window, HKV, G, DK,
                 DV, DKP, DVP, S, M_LARGE, KV_LARGE, STAGES_LARGE, PEEL, WINDOW, FIXED, SOFTCAP,
-                SINKS, SPLIT_LIST, PRECISION, MERGES, 1, False,
+                SINKS, SPLIT_LIST, PRECISION, MERGES, 1, False, False,
             )  # fmt: skip
         elif MERGES and kind == 2:
             # Waiting is safe once all work has started: it never waits, so it will end. A merge

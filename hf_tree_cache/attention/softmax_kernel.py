@@ -22,9 +22,22 @@ def _wait_in_loop():
 
 
 @triton.jit
-def _scores(b_q, b_k, cap_scale, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+def _scores(
+    b_q,
+    b_k,
+    b_q_rest,
+    b_k_rest,
+    cap_scale,
+    HALVES: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """[M, KV], to be multiplied by ``qk_scale``."""
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    if HALVES:
+        # Side by side: Triton makes one chain of an addition.
+        b_rest = tl.dot(b_q_rest, tl.trans(b_k_rest), input_precision=PRECISION)
+        b_s = tl.fma(b_s, 1.0, b_rest)
     if SOFTCAP:
         b_s = 1.0 - 2.0 / (tl.math.exp2(b_s * cap_scale) + 1.0)
     return b_s
@@ -32,12 +45,14 @@ def _scores(b_q, b_k, cap_scale, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr)
 
 @triton.jit
 def _accumulate(
-    b_q,  # [M, DK]
+    b_q,  # [M, DK], or half of it
     b_k,  # [KV, DK]
+    b_q_rest,  # and the other half
+    b_k_rest,
     b_v,  # [KV, DV]
     b_acc,  # [M, DV] float32
     b_max,  # [M] running maximum of the scores, or the pivot, times log2(e)
-    b_sum,  # [M] running sum
+    b_sum,  # [M] running sum, or [M, KV]
     b_norm,  # [M, ONES] the same of weights as the product rounds them
     b_ones,  # [KV, ONES]
     m_seen,  # [M, KV]
@@ -49,11 +64,13 @@ def _accumulate(
     FIXED: tl.constexpr,  # weights are relative to a pivot, not to a running maximum
     PIVOT: tl.constexpr,  # the first tile's maximum; else it is given
     ROUNDED: tl.constexpr,
+    SPREAD: tl.constexpr,  # weights are summed by place
+    HALVES: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One step of softmax, base 2."""
-    b_s = _scores(b_q, b_k, cap_scale, SOFTCAP, PRECISION)
+    b_s = _scores(b_q, b_k, b_q_rest, b_k_rest, cap_scale, HALVES, SOFTCAP, PRECISION)
     if MASKED:
         b_s = tl.where(m_seen, b_s, float("-inf"))
     if FIXED:
@@ -74,7 +91,10 @@ def _accumulate(
             b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_p = tl.math.exp2(b_s * qk_scale - b_pivot[:, None])
         b_decay = tl.math.exp2(b_max - b_pivot)
-        b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+        if SPREAD:
+            b_sum = b_sum * b_decay[:, None] + b_p
+        else:
+            b_sum = b_sum * b_decay + tl.sum(b_p, 1)
         b_acc = b_acc * b_decay[:, None]
         b_max = b_new
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
@@ -87,6 +107,7 @@ def attend(
     p_v,
     p_ids,  # [KV] where a tile's block numbers are
     b_q,  # [M, DK], or read in the first step
+    b_q_rest,
     p_qs,  # [M, DK] where it is
     m_q,
     p_started,  # programs that started
@@ -124,6 +145,7 @@ def attend(
     SPLIT_LIST: tl.constexpr,
     PRECISION: tl.constexpr,
     LANES: tl.constexpr,
+    HALVES: tl.constexpr,  # a score is the sum of two products of half the head dim
     LATE_Q: tl.constexpr,  # queries are read once the first steps' K and V are on their way
 ):
     """Softmax over a run of blocks: sums of values [M, DV], maximum [M], sum of weights [M]."""
@@ -132,12 +154,14 @@ def attend(
     ONES: tl.constexpr = 16  # the narrowest product
     ROUNDED: tl.constexpr = FIXED and p_v.dtype.element_ty == tl.bfloat16
     o_t = tl.arange(0, KV)
-    o_dk = tl.arange(0, DKP)
+    o_dk = tl.arange(0, DKP // 2 if HALVES else DKP)
     o_dv = tl.arange(0, DVP)
     o_k = (o_t % S)[:, None] * (HKV * DK) + i_head * DK + o_dk[None, :]  # [KV, DKP]
     o_v = (o_t % S)[:, None] * (HKV * DV) + i_head * DV + o_dv[None, :]  # [KV, DVP]
     b_acc = tl.zeros([M, DVP], tl.float32)
-    b_sum = tl.zeros([M], tl.float32)
+    # A sum over a tile's tokens takes three barriers of the four warps: not in each step.
+    SPREAD: tl.constexpr = not FIXED and M * KV <= 1024
+    b_sum = tl.zeros([M, KV] if SPREAD else [M], tl.float32)
     b_norm = tl.zeros([M, ONES], tl.float32)
     b_ones = tl.full([KV, ONES], 1.0, p_v.dtype.element_ty)
     i_first = i_tile
@@ -162,8 +186,9 @@ def attend(
             else:
                 b_v = tl.load(p_v + (o_bv[:, None] + o_v), mask=(o_dv < DV)[None, :], other=0.0)
             b_acc, b_max, b_sum, b_norm = _accumulate(
-                b_q, b_k, b_v, b_acc, b_max, b_sum, b_norm, b_ones, None, t == 0, qk_scale,
-                cap_scale, False, False, FIXED, PIVOT, ROUNDED, SOFTCAP, PRECISION,
+                b_q, b_k, b_q, b_k, b_v, b_acc, b_max, b_sum, b_norm, b_ones, None, t == 0,
+                qk_scale, cap_scale, False, False, FIXED, PIVOT, ROUNDED, SPREAD, False, SOFTCAP,
+                PRECISION,
             )  # fmt: skip
             b_id = b_next
             b_id_v = b_next_v
@@ -183,6 +208,10 @@ def attend(
             b_k = tl.load(p_k + (o_bk[:, None] + o_k))
         else:
             b_k = tl.load(p_k + (o_bk[:, None] + o_k), mask=(o_dk < DK)[None, :], other=0.0)
+        if HALVES:
+            b_k_rest = tl.load(p_k + (o_bk[:, None] + o_k) + DK // 2)
+        else:
+            b_k_rest = b_k
         if LANES > 1:
             first = (t * KV) >> lane_bits
             m_v = (b_end > first)[:, None]
@@ -203,12 +232,17 @@ def attend(
                 if is_counted:
                     tl.atomic_add(p_started, 1, sem="relaxed")
             b_q = tl.load(p_qs, mask=m_q, other=0.0)
+            if HALVES:
+                b_q_rest = tl.load(p_qs + DK // 2, mask=m_q, other=0.0)
         b_acc, b_max, b_sum, b_norm = _accumulate(
-            b_q, b_k, b_v, b_acc, b_max, b_sum, b_norm, b_ones, m_seen, t == i_first, qk_scale,
-            cap_scale, True, WINDOW != 0, FIXED, PIVOT, ROUNDED, SOFTCAP, PRECISION,
+            b_q, b_k, b_q_rest, b_k_rest, b_v, b_acc, b_max, b_sum, b_norm, b_ones, m_seen,
+            t == i_first, qk_scale, cap_scale, True, WINDOW != 0, FIXED, PIVOT, ROUNDED, SPREAD,
+            HALVES, SOFTCAP, PRECISION,
         )  # fmt: skip
         b_id = b_next
         b_id_v = b_next_v
+    if SPREAD:
+        b_sum = tl.sum(b_sum, 1)
     if ROUNDED:
         b_sum = tl.max(b_norm, 1)  # of equals
     return b_acc, b_max, b_sum
@@ -246,7 +280,7 @@ def find_maxima(
     for t in tl.range(0, tl.cdiv(num_tokens, KV), num_stages=1):
         o_bk = b_id.to(tl.int64) * (S * HKV * DK) + (t % PER_BLOCK) * KV * (HKV * DK)
         b_k = tl.load(p_k + (o_bk[:, None] + o_k), mask=(o_dk < DK)[None, :], other=0.0)
-        b_s = _scores(b_q, b_k, cap_scale, SOFTCAP, PRECISION)
+        b_s = _scores(b_q, b_k, b_q, b_k, cap_scale, False, SOFTCAP, PRECISION)
         o_token = t * KV + o_t
         m_seen = o_token[None, :] < b_limit[:, None]
         if WINDOW != 0:
