@@ -78,6 +78,7 @@ def _work(
     PRECISION: tl.constexpr,
     MERGES: tl.constexpr,
     LANES: tl.constexpr,
+    SPREAD: tl.constexpr,
     HALVES: tl.constexpr,
     LATE_Q: tl.constexpr,
 ):
@@ -144,7 +145,7 @@ def _work(
         p_k, p_v, p_ids, b_q, b_q_rest, p_qs, m_q, p_sync, is_early, is_counted, b_id, b_id_v,
         b_max, b_limit, b_lower, b_left, b_end, lane_bits, i_head, i_tile, num_full, num_tokens,
         v_list, qk_scale, cap_scale, HKV, DK, DV, DKP, DVP, S, M, KV, STAGES, PEEL, WINDOW, FIXED,
-        PIVOT, SOFTCAP, SPLIT_LIST, PRECISION, LANES, HALVES, LATE_Q,
+        PIVOT, SOFTCAP, SPLIT_LIST, PRECISION, LANES, SPREAD, HALVES, LATE_Q,
     )  # fmt: skip
     if FIXED:
         # Nothing waited for a running maximum, and no sum was scaled. Where the powers left
@@ -171,7 +172,7 @@ def _work(
                 p_k, p_v, p_few, b_q, b_q, p_qs, m_q, p_sync, is_early, is_counted, b_few,
                 b_few_v, b_max, b_limit, b_lower, b_left, b_end, 0, i_head, 0, 0, num_tokens,
                 v_list, qk_scale, cap_scale, HKV, DK, DV, DKP, DVP, S, M, FEW, 1, False, WINDOW,
-                True, False, SOFTCAP, SPLIT_LIST, PRECISION, 1, False, False,
+                True, False, SOFTCAP, SPLIT_LIST, PRECISION, 1, False, False, False,
             )  # fmt: skip
             b_peak = tl.max(tl.abs(b_acc), 1)
 
@@ -301,8 +302,9 @@ def tree_attention_kernel(
     LATE_Q: tl.constexpr = (
         OVERLAP and SMALL and LARGE and FIXED and WINDOW == 0 and DK == DKP and DKP <= 128
     )
-    # Where heads are long, half of the chain of products that a step waits for.
-    HALVES: tl.constexpr = SMALL and LARGE and FIXED and WINDOW == 0 and DK == 128
+    # Where registers suffice: as many as large items take, if blocks are not tiny.
+    SPREAD: tl.constexpr = SMALL and LARGE and DK == DKP
+    HALVES: tl.constexpr = SPREAD and FIXED and WINDOW == 0 and DK == 128 and S >= 16
     is_early = False
     if LATE_Q:
         is_early = (kind == 0) & (tl.load(p_record + 7) > 0)
@@ -327,7 +329,7 @@ def tree_attention_kernel(
                 start, num_queries, i_slot, num_full, lane_bits, num_tokens, num_new, is_early,
                 is_counted, stride_qb, stride_qh, stride_qt, v_list, qk_scale, cap_scale, window,
                 HKV, G, DK, DV, DKP, DVP, S, M_SMALL, KV_SMALL, STAGES_SMALL, False, WINDOW, False,
-                SOFTCAP, SINKS, SPLIT_LIST, PRECISION, MERGES, LANES, HALVES, LATE_Q,
+                SOFTCAP, SINKS, SPLIT_LIST, PRECISION, MERGES, LANES, SPREAD, HALVES, LATE_Q,
             )  # fmt: skip
         elif LARGE and kind == 1:
             _work(
@@ -336,7 +338,7 @@ def tree_attention_kernel(
                 i_list, start, num_queries, i_slot, num_full, 0, num_tokens, num_new, False, False,
                 stride_qb, stride_qh, stride_qt, v_list, qk_scale, cap_scale, window, HKV, G, DK,
                 DV, DKP, DVP, S, M_LARGE, KV_LARGE, STAGES_LARGE, PEEL, WINDOW, FIXED, SOFTCAP,
-                SINKS, SPLIT_LIST, PRECISION, MERGES, 1, False, False,
+                SINKS, SPLIT_LIST, PRECISION, MERGES, 1, False, False, False,
             )  # fmt: skip
         elif MERGES and kind == 2:
             # Waiting is safe once all work has started: it never waits, so it will end. A merge

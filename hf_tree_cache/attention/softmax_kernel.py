@@ -64,7 +64,7 @@ def _accumulate(
     FIXED: tl.constexpr,  # weights are relative to a pivot, not to a running maximum
     PIVOT: tl.constexpr,  # the first tile's maximum; else it is given
     ROUNDED: tl.constexpr,
-    SPREAD: tl.constexpr,  # weights are summed by place
+    SPREAD: tl.constexpr,
     HALVES: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -91,10 +91,7 @@ def _accumulate(
             b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_p = tl.math.exp2(b_s * qk_scale - b_pivot[:, None])
         b_decay = tl.math.exp2(b_max - b_pivot)
-        if SPREAD:
-            b_sum = b_sum * b_decay[:, None] + b_p
-        else:
-            b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+        b_sum = b_sum * b_decay[:, None] + b_p if SPREAD else b_sum * b_decay + tl.sum(b_p, 1)
         b_acc = b_acc * b_decay[:, None]
         b_max = b_new
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
@@ -145,7 +142,8 @@ def attend(
     SPLIT_LIST: tl.constexpr,
     PRECISION: tl.constexpr,
     LANES: tl.constexpr,
-    HALVES: tl.constexpr,  # a score is the sum of two products of half the head dim
+    SPREAD: tl.constexpr,  # weights are summed by place: a sum over tokens takes three barriers
+    HALVES: tl.constexpr,  # a score is the sum of two products: half the chain to wait for
     LATE_Q: tl.constexpr,  # queries are read once the first steps' K and V are on their way
 ):
     """Softmax over a run of blocks: sums of values [M, DV], maximum [M], sum of weights [M]."""
@@ -159,8 +157,6 @@ def attend(
     o_k = (o_t % S)[:, None] * (HKV * DK) + i_head * DK + o_dk[None, :]  # [KV, DKP]
     o_v = (o_t % S)[:, None] * (HKV * DV) + i_head * DV + o_dv[None, :]  # [KV, DVP]
     b_acc = tl.zeros([M, DVP], tl.float32)
-    # A sum over a tile's tokens takes three barriers of the four warps: not in each step.
-    SPREAD: tl.constexpr = not FIXED and M * KV <= 1024
     b_sum = tl.zeros([M, KV] if SPREAD else [M], tl.float32)
     b_norm = tl.zeros([M, ONES], tl.float32)
     b_ones = tl.full([KV, ONES], 1.0, p_v.dtype.element_ty)
@@ -208,10 +204,7 @@ def attend(
             b_k = tl.load(p_k + (o_bk[:, None] + o_k))
         else:
             b_k = tl.load(p_k + (o_bk[:, None] + o_k), mask=(o_dk < DK)[None, :], other=0.0)
-        if HALVES:
-            b_k_rest = tl.load(p_k + (o_bk[:, None] + o_k) + DK // 2)
-        else:
-            b_k_rest = b_k
+        b_k_rest = tl.load(p_k + (o_bk[:, None] + o_k) + DK // 2) if HALVES else b_k
         if LANES > 1:
             first = (t * KV) >> lane_bits
             m_v = (b_end > first)[:, None]
