@@ -155,16 +155,21 @@ def run_growth() -> list[str]:
 
 
 def run_long_heads() -> list[str]:
-    """Heads of 512 and of a little less, in small and large items, with merges."""
+    """Heads of 512 and of a little less, and of 128, whose scores small items take by halves."""
     wrong = []
-    for dims, group, window in (((512, 512), 4, None), ((320, 512), 8, Window("sliding", 40))):
-        family = Family(torch.float16, dims, group, 16, num_kv_heads=1, window=window)
+    for dtype, dims, group, window, softcap in (
+        (torch.float16, (512, 512), 4, None, None),
+        (torch.float16, (320, 512), 8, Window("sliding", 40), None),
+        (torch.float32, (128, 128), 4, None, None),
+        (torch.float32, (128, 64), 8, None, 3.0),
+    ):
+        family = Family(dtype, dims, group, 16, num_kv_heads=1, window=window, softcap=softcap)
         tree = grow(ShadowTree(16), [150], " ".join("0" * 11), [1] * 11)
         call, workspace = call_over(family, tree, "cpu"), family.workspace("cpu")
         wrong.append(complain(call, call.attend(workspace)))
         work = workspace.work
-        if work is None or not (work.num_large and len(work.items) > work.num_work):
-            wrong.append(f"{dims}: no large items, or no merges")
+        if work is None or not 0 < work.num_large < work.num_work < len(work.items):
+            wrong.append(f"{dims}: no small or no large items, or no merges")
     return [text for text in wrong if text is not None]
 
 
