@@ -303,8 +303,8 @@ def tree_attention_kernel(
         OVERLAP and SMALL and LARGE and FIXED and WINDOW == 0 and DK == DKP and DKP <= 128
     )
     # Where registers suffice: as many as large items take, if blocks are not tiny.
-    SPREAD: tl.constexpr = SMALL and LARGE and DK == DKP
-    HALVES: tl.constexpr = SPREAD and FIXED and WINDOW == 0 and DK == 128 and S >= 16
+    SPREAD: tl.constexpr = SMALL and LARGE and DK == DKP and S >= 16
+    HALVES: tl.constexpr = SPREAD and FIXED and WINDOW == 0 and DK == 128
     is_early = False
     if LATE_Q:
         is_early = (kind == 0) & (tl.load(p_record + 7) > 0)
