@@ -9,6 +9,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+# What helpers assert is shown as what tests do.
+pytest.register_assert_rewrite("work_lists")
+
 # Workers side by side share the cores; tiny models are faster on one thread anyway.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
