@@ -10,7 +10,7 @@ import pytest
 import torch
 
 # What helpers assert is shown as what tests do.
-pytest.register_assert_rewrite("work_lists")
+pytest.register_assert_rewrite("forward_errors", "work_lists")
 
 # Workers side by side share the cores; tiny models are faster on one thread anyway.
 if "PYTEST_XDIST_WORKER" in os.environ:

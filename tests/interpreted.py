@@ -21,14 +21,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from interpreter import quicken
-from kernel_calls import Call, Family, append, call_over, grow, make_call
-from models import build
-from test_expert_units import CASES as EXPERTS
-from test_expert_units import ROUTED, route_and_compare
-from test_expert_units import draw as draw_experts
-from test_expert_units import error_of as error_of_experts
-from test_forward import (
+from forward_errors import (
     CASES,
     FORMS,
     LAUNCHES,
@@ -43,6 +36,13 @@ from test_forward import (
     launches_of,
     turns_found,
 )
+from interpreter import quicken
+from kernel_calls import Call, Family, append, call_over, grow, make_call
+from models import build
+from test_expert_units import CASES as EXPERTS
+from test_expert_units import ROUTED, route_and_compare
+from test_expert_units import draw as draw_experts
+from test_expert_units import error_of as error_of_experts
 from torch._dynamo.utils import counters
 from trees import SHAPES, ShadowTree
 
