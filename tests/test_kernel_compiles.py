@@ -60,12 +60,13 @@ MAX_STACK = 32 if IS_TABLES_OWN else 256
 """Bytes of a thread that may wait in local memory while a loop over K and V runs."""
 
 SPILLING = {
-    "sm_90 bf16 128 mixed group 1": (288, 2),
-    "sm_90 bf16 128 mixed group 7": (288, 2),
-    "sm_90 bf16 128 mixed a sliding window": (MAX_STACK, 2),
-    "sm_120 fp32 256 small with merges": (MAX_STACK, 2),
+    "sm_90 bf16 128 mixed group 1": (MAX_STACK, 1),
+    "sm_90 bf16 128 mixed group 7": (264, 0),
 }
 """Triton from 3.7 on: bytes of a thread, and instructions of such a loop that use them, at most."""
+
+if VERSION < (3, 9):
+    SPILLING["sm_90 bf16 128 mixed a sliding window"] = (MAX_STACK, 2)
 
 PADDED_SPILLS = (384, 160) if VERSION == (3, 8) else (96, 40)
 """As much for float32 whose heads are padded: masks and halves of numbers take registers."""

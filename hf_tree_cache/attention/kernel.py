@@ -302,7 +302,7 @@ def tree_attention_kernel(
     LATE_Q: tl.constexpr = (
         OVERLAP and SMALL and LARGE and FIXED and WINDOW == 0 and DK == DKP and DKP <= 128
     )
-    # Where registers suffice: as many as large items take, if blocks are not tiny.
+    # Beside large items small ones have registers for it, unless blocks are tiny or heads padded.
     SPREAD: tl.constexpr = SMALL and LARGE and DK == DKP and S >= 16
     HALVES: tl.constexpr = SPREAD and FIXED and WINDOW == 0 and DK == 128
     is_early = False

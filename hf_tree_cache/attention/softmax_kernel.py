@@ -52,7 +52,7 @@ def _accumulate(
     b_v,  # [KV, DV]
     b_acc,  # [M, DV] float32
     b_max,  # [M] running maximum of the scores, or the pivot, times log2(e)
-    b_sum,  # [M] running sum, or [M, KV]
+    b_sum,  # [M] running sum, or [M, KV] by place
     b_norm,  # [M, ONES] the same of weights as the product rounds them
     b_ones,  # [KV, ONES]
     m_seen,  # [M, KV]
@@ -103,8 +103,8 @@ def attend(
     p_k,
     p_v,
     p_ids,  # [KV] where a tile's block numbers are
-    b_q,  # [M, DK], or read in the first step
-    b_q_rest,
+    b_q,  # [M, DK], or half of it; or read in the first step
+    b_q_rest,  # and the other half
     p_qs,  # [M, DK] where it is
     m_q,
     p_started,  # programs that started
